@@ -1,0 +1,44 @@
+"""Which implementation of an operation runs: an explicit choice never falls back to another."""
+
+import importlib.util
+from typing import Literal
+
+from torch import Tensor
+
+Backend = Literal["auto", "reference", "triton"]
+BACKENDS = ("auto", "reference", "triton")
+
+
+def has_triton() -> bool:
+    """Whether the Triton package is installed (it is not on every platform)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def choose_backend(backend: Backend, tensor: Tensor, *, triton_exists: bool, operation: str) -> str:
+    """The backend that will run: "reference" or "triton".
+
+    "auto" takes Triton for CUDA tensors where the operation has a Triton form, and the reference otherwise.
+
+    Args:
+        backend: the caller's choice.
+        tensor: one of the operation's inputs, for its device.
+        triton_exists: whether this operation has a Triton form for these arguments.
+        operation: name for error messages.
+
+    Raises:
+        ValueError: for an unknown name.
+        NotImplementedError: for "triton" where there is no Triton form or no Triton.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {BACKENDS}")
+    usable = triton_exists and has_triton()
+    if backend == "triton":
+        if not usable:
+            raise NotImplementedError(
+                f"{operation}: backend='triton' was asked for, but "
+                + ("Triton is not installed" if triton_exists else "this operation has no Triton form for these inputs")
+            )
+        return "triton"
+    if backend == "auto" and usable and tensor.is_cuda:
+        return "triton"
+    return "reference"

@@ -1,0 +1,96 @@
+"""The two forms of a sparse attention mask: bits over bins, and short runs of keys. Neither grows with T x S."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .bins import Layout, bin_of
+from .spans import RowSpans
+
+
+@dataclass(frozen=True)
+class BinMask:
+    """One bit per bin: row ``(n, h, t)`` keeps every key whose bin's bit is set.
+
+    Attributes:
+        bits: int32 ``[N, H, T, K / 32]``; bin b is bit ``b % 32`` of word ``b // 32``.
+        num_bins: K, a multiple of 32.
+        layout: how bins stretch to keys, see ``bins.py``.
+        shift: edge jitter in 1/256 of a key (relative layout only).
+    """
+
+    bits: Tensor
+    num_bins: int
+    layout: Layout
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class RunMask:
+    """Short aligned runs of keys, the result of a second look.
+
+    A row keeps (a) the keys ``[starts, starts + width)`` of each of its runs, (b) its window: the keys from
+    ``window_start`` up to its own position (causal only). Positions count from the item's first real key.
+
+    Attributes:
+        starts: int32 ``[N, H, T, C]``, multiples of ``width``, ascending, -1 where a slot is empty. No run reaches
+            into the row's window.
+        width: keys per run, a power of two.
+        window: keys before the row's own run that are always kept, a multiple of ``width``.
+        stride: rows that share one estimate; their window starts where the first of them has it.
+    """
+
+    starts: Tensor
+    width: int
+    window: int = 0
+    stride: int = 1
+
+
+def window_start(position: Tensor, mask: RunMask) -> Tensor:
+    """First key of each row's always-kept window, counted from the item's first real key."""
+    first = torch.div(position, mask.stride, rounding_mode="floor") * mask.stride
+    return (torch.div(first, mask.width, rounding_mode="floor") * mask.width - mask.window).clamp_min(0)
+
+
+def pack_bits(keep: Tensor) -> Tensor:
+    """bool ``[..., K]`` to int32 ``[..., K / 32]``."""
+    if keep.shape[-1] % 32:
+        raise ValueError(f"keep has {keep.shape[-1]} bins in its last dimension, expected a multiple of 32")
+    words = keep.unflatten(-1, (-1, 32)).long() << torch.arange(32, device=keep.device)
+    words = words.sum(-1)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def unpack_bits(bits: Tensor, num_bins: int) -> Tensor:
+    """int32 ``[..., K / 32]`` to bool ``[..., K]``."""
+    if bits.shape[-1] * 32 != num_bins:
+        raise ValueError(f"bits has {bits.shape[-1]} words in its last dimension, expected num_bins / 32 = {num_bins / 32}")
+    return ((bits[..., None] >> torch.arange(32, device=bits.device, dtype=torch.int32)) & 1).flatten(-2).bool()
+
+
+def kept_keys(mask: BinMask | RunMask, spans: RowSpans, num_keys: int, rows: slice = slice(None)) -> Tensor:
+    """Dense bool mask ``[N, H, R, S]`` of the rows in ``rows``. Grows with R x S: call it on a few rows at a time."""
+    length, position = spans.length[:, rows], spans.position[:, rows]
+    key = torch.arange(num_keys, device=length.device) - spans.start[:, None]  # [N, S]
+    valid = (key[:, None] >= 0) & (key[:, None] < length[..., None])  # [N, R, S]
+    if isinstance(mask, BinMask):
+        index = bin_of(key[:, None].clamp_min(0), length[..., None], mask.num_bins, mask.layout, mask.shift)
+        keep = unpack_bits(mask.bits[:, :, rows], mask.num_bins)  # [N, H, R, K]
+        index = index[:, None].expand(-1, keep.shape[1], -1, -1)
+        return keep.gather(-1, index) & valid[:, None]
+    return _kept_runs(mask, spans, key, position, rows) & valid[:, None]
+
+
+def _kept_runs(mask: RunMask, spans: RowSpans, key: Tensor, position: Tensor, rows: slice) -> Tensor:
+    starts = mask.starts[:, :, rows]
+    num_runs = key.shape[-1] // mask.width + 1
+    run = torch.where(starts >= 0, starts.long() // mask.width, num_runs)
+    kept = torch.zeros(*starts.shape[:-1], num_runs + 1, dtype=torch.bool, device=starts.device)
+    kept = kept.scatter(-1, run, True)
+    index = torch.div(key.clamp_min(0), mask.width, rounding_mode="floor")[:, None, None]
+    kept = kept.gather(-1, index.expand(-1, starts.shape[1], starts.shape[2], -1))
+    if mask.window or mask.stride > 1:
+        inside = (key[:, None] >= window_start(position, mask)[..., None]) & (key[:, None] <= position[..., None])
+        kept = kept | inside[:, None]
+    return kept
