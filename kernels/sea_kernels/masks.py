@@ -65,7 +65,9 @@ def pack_bits(keep: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, num_bins: int) -> Tensor:
     """int32 ``[..., K / 32]`` to bool ``[..., K]``."""
     if bits.shape[-1] * 32 != num_bins:
-        raise ValueError(f"bits has {bits.shape[-1]} words in its last dimension, expected num_bins / 32 = {num_bins / 32}")
+        raise ValueError(
+            f"bits has {bits.shape[-1]} words in its last dimension, expected num_bins / 32 = {num_bins / 32}"
+        )
     return ((bits[..., None] >> torch.arange(32, device=bits.device, dtype=torch.int32)) & 1).flatten(-2).bool()
 
 

@@ -1,0 +1,264 @@
+"""SEA attention of one layer: estimate a compressed attention row, keep its best bins, attend exactly to their keys.
+
+The method in one file, in the order in which it runs; the parts lie beside it.
+"""
+
+import torch
+from torch import Tensor, nn
+
+import sea_kernels as ops
+from sea_kernels.masks import BinMask, RunMask
+from sea_kernels.spans import RowSpans, row_spans
+
+from ..config import SEAConfig
+from .average import estimated_mean, running_mean
+from .decoder import BidirectionalDecoder, CausalDecoder
+from .encoder import Encoder
+from .estimate import Estimate
+from .features import RandomFeatures
+from .gates import EncodedGates, QueryGates
+from .positions import SinusoidPositions, stretched_identity
+from .stride import share_rows
+
+
+class SEAAttention(nn.Module):
+    """Stands in for softmax attention between the host's projections (SEA, arXiv 2310.01777, section 3).
+
+    Holds only the parameters that its configuration uses. Dropout on attention probabilities, which a host may ask
+    for in training, is not applied: the mask is the regulariser.
+
+    Args:
+        config: every knob.
+        num_heads: query heads H.
+        num_kv_heads: key and value heads G, a divisor of H.
+        head_dim: D.
+        causal: whether a row sees only keys up to its own position.
+
+    Raises:
+        ValueError: if the configuration does not fit the kind of attention.
+    """
+
+    def __init__(self, config: SEAConfig, *, num_heads: int, num_kv_heads: int, head_dim: int, causal: bool) -> None:
+        super().__init__()
+        if causal and config.grouping in ("head", "batch"):
+            raise ValueError(
+                f"grouping is {config.grouping!r}, which lets later rows decide over earlier ones: causal attention "
+                "needs 'query' or 'causal_batch'"
+            )
+        if not causal and config.window:
+            raise ValueError(f"window is {config.window}, expected 0: bidirectional rows have no most recent keys")
+        self.config = config
+        self.num_heads, self.num_kv_heads, self.head_dim, self.causal = num_heads, num_kv_heads, head_dim, causal
+        num_gates = 1 if config.average_context == "none" else 2
+        if config.decoder == "conv":
+            self._add_decoder(config, num_gates)
+        else:
+            self.gates = QueryGates(num_heads, head_dim, num_gates, config.gate_bias)
+        if config.pooling != "none":
+            share = 0.5 if config.pooling == "mean_bound" else 1.0
+            self.mean_weight = nn.Parameter(torch.full((num_heads,), share))
+        if config.pooling == "mean_bound":
+            self.bound_weight = nn.Parameter(torch.full((num_heads,), 0.5))
+
+    def _add_decoder(self, config: SEAConfig, num_gates: int) -> None:
+        pooled = config.pooling != "none"
+        self.features = RandomFeatures(self.head_dim, config.feature_ratio)
+        self.encoder = Encoder(self.head_dim)
+        self.gates = EncodedGates(self.head_dim, num_gates, config.gate_bias)
+        sizes = (self.num_heads, self.head_dim, config.predictor_length)
+        if self.causal:
+            self.positions = SinusoidPositions(self.head_dim, config.position_period)
+            self.decoder = CausalDecoder(*sizes, subpixel=config.upsampling == "subpixel", pooled=pooled)
+        else:
+            self.decoder = BidirectionalDecoder(*sizes, pooled=pooled)
+        if pooled:
+            self.decoder_weight = nn.Parameter(torch.ones(self.num_heads))
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Estimate]:
+        """Attend.
+
+        Args:
+            query: ``[N, H, T, D]`` as the host hands it to attention: positions already rotated in.
+            key, value: ``[N, G, S, D]``; the queries are the last T of the S positions.
+            scaling: the host's score factor.
+            attention_mask: bool or integer ``[N, S]``, nonzero at real tokens (contiguous), or None.
+
+        Returns:
+            The context ``[N, T, H, D]``, zero in padding rows, and what was estimated on the way.
+
+        Raises:
+            ValueError: if shapes do not fit, or if the estimator needs rows that only a cache holds.
+        """
+        spans = self._spans(query, key, attention_mask)
+        estimate = self.estimate(query, key, value, scaling=scaling, attention_mask=attention_mask)
+        context = ops.sparse_attention(
+            query,
+            key,
+            value,
+            estimate.mask,
+            causal=self.causal,
+            scaling=scaling,
+            attention_mask=attention_mask,
+            row_scale=estimate.prob_scale,
+            backend=self.config.backend,
+        )
+        if estimate.mix_scale is not None:
+            mix = estimate.mix_scale[..., None].to(context.dtype)
+            context = mix * context + (1 - mix) * self._average_context(value, estimate, spans)
+        real = (spans.length > 0)[:, None, :, None]
+        return (context * real).transpose(1, 2), estimate
+
+    def estimate(
+        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, attention_mask: Tensor | None = None
+    ) -> Estimate:
+        """Estimate the attention of every row without attending; arguments as for ``forward``."""
+        spans = self._spans(query, key, attention_mask)
+        self._check_cache(query.shape[2], key.shape[2])
+        shift = self._draw_shift()
+        place = {"causal": self.causal, "attention_mask": attention_mask}
+        pooled = self._pooled_scores(query, key, scaling=scaling, shift=shift, **place)
+        encoded = None
+        if self.config.decoder == "conv":
+            encoded = self._encode(query, key, value, spans, scaling=scaling, **place)
+        scores = self._scores(encoded, pooled, spans)
+        mask = self._select(query, key, scores.detach(), spans, scaling=scaling, shift=shift, **place)
+        gates = self.gates(query if encoded is None else encoded)
+        return Estimate(
+            scores=scores,
+            mask=mask,
+            prob_scale=gates[0],
+            mix_scale=gates[1] if len(gates) > 1 else None,
+            layout=self.config.bins,
+            shift=shift,
+        )
+
+    def redraw_projection(self, generator: torch.Generator | None = None) -> None:
+        """Draw new random features, if the configuration has any; the same ``generator`` state on every rank."""
+        if self.config.decoder == "conv":
+            self.features.redraw(generator)
+
+    def _spans(self, query: Tensor, key: Tensor, attention_mask: Tensor | None) -> RowSpans:
+        batch, _, num_queries, _ = query.shape
+        return row_spans(
+            batch,
+            num_queries,
+            key.shape[2],
+            causal=self.causal,
+            attention_mask=attention_mask,
+            device=query.device,
+        )
+
+    def _check_cache(self, num_queries: int, num_keys: int) -> None:
+        if num_queries == num_keys:
+            return
+        for knob, needs in (("decoder", self.config.decoder == "conv"), ("query_stride", self.config.query_stride > 1)):
+            if needs:
+                raise ValueError(
+                    f"{num_queries} queries with {num_keys} keys: with {knob}={getattr(self.config, knob)!r} the "
+                    "estimator needs earlier queries, which a key-value cache does not hold; pass use_cache=False"
+                )
+
+    def _draw_shift(self) -> int:
+        """Edge jitter of this batch (section 2 of the method's description): 0 outside training."""
+        config = self.config
+        if not self.training or config.bins != "relative" or torch.rand(()) >= config.jitter_probability:
+            return 0
+        return round((2 * torch.rand(()).item() - 1) * config.jitter_keys * 256)
+
+    def _pooled_scores(self, query: Tensor, key: Tensor, **place) -> Tensor | None:
+        """Mean-pooled scores and min/max bounds with one learned weight per head each."""
+        config = self.config
+        if config.pooling == "none":
+            return None
+        settings = {"num_bins": config.predictor_length, "layout": config.bins, "backend": config.backend, **place}
+        scores = self.mean_weight[:, None, None] * ops.pooled_scores(query, key, statistic="mean", **settings).float()
+        if config.pooling == "mean_bound":
+            bound = ops.pooled_scores(query, key, statistic="bound", **settings).float()
+            scores = scores + self.bound_weight[:, None, None] * bound
+        return scores
+
+    def _encode(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        spans: RowSpans,
+        *,
+        scaling: float,
+        causal: bool,
+        attention_mask: Tensor | None,
+    ) -> Tensor:
+        """Z: linear attention over values joined with positions, then the encoder. ``[N, H, T, 2D]``."""
+        num_keys = key.shape[2]
+        if causal:
+            place = self.positions(num_keys, spans.start)
+        else:
+            place = stretched_identity(num_keys, self.head_dim, spans, spans.length.amax(-1))
+        place = place[:, None].expand(-1, value.shape[1], -1, -1).to(value.dtype)
+        linear_context = ops.linear_attention(
+            query,
+            key,
+            torch.cat([place, value], dim=-1),
+            self.features.projection,
+            causal=causal,
+            scaling=scaling,
+            attention_mask=attention_mask,
+            backend=self.config.backend,
+        )
+        own_value = value[:, :, num_keys - query.shape[2] :].repeat_interleave(self.num_heads // value.shape[1], dim=1)
+        return self.encoder(linear_context, own_value)
+
+    def _scores(self, encoded: Tensor | None, pooled: Tensor | None, spans: RowSpans) -> Tensor:
+        """Y: the decoder's scores, the pooled scores, or their weighted sum. ``[N, H, T, K]``."""
+        if encoded is None:
+            return pooled
+        normalised = None
+        if pooled is not None:
+            normalised = nn.functional.layer_norm(pooled, pooled.shape[-1:])
+        decoded = self.decoder(encoded, normalised, spans.length > 0, spans.start)
+        if pooled is None:
+            return decoded
+        return self.decoder_weight[:, None, None] * decoded.float() + pooled
+
+    def _select(
+        self, query: Tensor, key: Tensor, scores: Tensor, spans: RowSpans, *, scaling: float, shift: int, **place
+    ) -> BinMask | RunMask:
+        config = self.config
+        looks_twice = config.second_look_keys > 0
+        mask = ops.select_bins(
+            scores,
+            k=config.second_look_keys if looks_twice else config.k,
+            layout=config.bins,
+            grouping=config.grouping,
+            keep_first=config.keep_first,
+            keep_own=config.keep_own,
+            num_keys=key.shape[2],
+            shift=shift,
+            backend=config.backend,
+            **place,
+        )
+        if looks_twice:
+            mask = ops.second_look(
+                query,
+                key,
+                mask,
+                k=config.k,
+                width=config.second_look_width,
+                window=config.window,
+                scaling=scaling,
+                mean_weight=self.mean_weight,
+                bound_weight=self.bound_weight if config.pooling == "mean_bound" else None,
+                keep_first=config.keep_first,
+                backend=config.backend,
+                **place,
+            )
+        if config.query_stride > 1:
+            mask = share_rows(mask, spans, config.query_stride)
+        return mask
+
+    def _average_context(self, value: Tensor, estimate: Estimate, spans: RowSpans) -> Tensor:
+        if self.causal:
+            return running_mean(value, spans, self.num_heads)
+        return estimated_mean(value, estimate.probabilities(), spans, estimate.layout, estimate.shift)

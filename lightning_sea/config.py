@@ -1,0 +1,161 @@
+"""Every knob of SEA, once, with plain types: YAML, command line help, checkpoints and saved models all come from here."""
+
+import dataclasses
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+_CHOICES = {
+    "bins": ("aligned", "relative"),
+    "grouping": ("query", "head", "batch", "causal_batch"),
+    "pooling": ("none", "mean", "mean_bound"),
+    "decoder": ("none", "conv"),
+    "upsampling": ("nearest", "subpixel"),
+    "average_context": ("none", "mean"),
+    "backend": ("auto", "reference", "triton"),
+}
+
+
+@dataclass(frozen=True)
+class SEAConfig:
+    """How attention is estimated, selected and mixed (SEA, arXiv 2310.01777, section 3, and our additions).
+
+    Attributes:
+        k: keys that a query keeps on average, per head. May be changed after training without a reload.
+        predictor_length: width K of the estimated attention row, in bins; a multiple of 32.
+        bins: how bins stretch to keys: "aligned" bins of a power of two keys, or the paper's "relative" ones.
+        grouping: who competes for the kept bins: "query" (each row alone), "causal_batch" (all heads of a row),
+            "head" (all rows of a head) or "batch" (everything in an item); the last two are not causal.
+        keep_first: always keep the bin of the first tokens, where attention sinks sit.
+        keep_own: always keep the bin that holds the row's own position.
+        pooling: score bins by pooled keys: "none", by the "mean" key, or by "mean_bound": mean key and min/max bound.
+        decoder: "conv" decodes the linear attention's output into scores as in the paper; "none" leaves the pooled
+            scores alone.
+        upsampling: how the causal decoder widens K / 4 columns to K: the paper's "nearest", or "subpixel".
+        feature_ratio: the linear attention has int(D ln(D) / feature_ratio) random features for head width D.
+        redraw_interval: training steps between two draws of the random features; 0 never redraws.
+        position_period: longest wavelength, in tokens, of the sinusoids that tell a causal estimator where a key is.
+        second_look_keys: keys kept by the first look, of which a second look at short runs leaves k; 0 turns it off.
+        second_look_width: keys per run of the second look, a power of two.
+        window: keys before a row's own run that the second look always keeps; a multiple of second_look_width.
+        query_stride: neighbouring rows that share one estimate, a power of two up to 32; 1 is the paper's.
+        average_context: what the sparse result is mixed with: the "mean" of the values (paper), or "none".
+        gate_bias: start of the two gates before their sigmoid; 3 starts them at 0.95.
+        jitter_probability: share of training batches whose relative bin edges are shifted.
+        jitter_keys: largest such shift, in keys.
+        backend: implementation of the operations: "auto", "reference" or "triton".
+
+    Raises:
+        ValueError: if a value is not allowed; the message names it.
+    """
+
+    k: int = 64
+    predictor_length: int = 256
+    bins: str = "aligned"
+    grouping: str = "causal_batch"
+    keep_first: bool = True
+    keep_own: bool = True
+    pooling: str = "mean_bound"
+    decoder: str = "none"
+    upsampling: str = "subpixel"
+    feature_ratio: float = 1.0
+    redraw_interval: int = 1000
+    position_period: float = 65536.0
+    second_look_keys: int = 0
+    second_look_width: int = 4
+    window: int = 0
+    query_stride: int = 1
+    average_context: str = "mean"
+    gate_bias: float = 3.0
+    jitter_probability: float = 0.1
+    jitter_keys: float = 0.75
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")
+        self._check_numbers()
+        if self.pooling == "none" and self.decoder == "none":
+            raise ValueError("pooling and decoder are both 'none': nothing would score the bins")
+        if self.second_look_keys:
+            self._check_second_look()
+        elif self.window:
+            raise ValueError(f"window is {self.window} without a second look: set second_look_keys, or window to 0")
+
+    def _check_numbers(self) -> None:
+        rules = {
+            "k": (self.k >= 1, "at least 1"),
+            "predictor_length": (
+                self.predictor_length >= 32 and self.predictor_length % 32 == 0,
+                "a positive multiple of 32",
+            ),
+            "feature_ratio": (self.feature_ratio > 0, "above 0"),
+            "redraw_interval": (self.redraw_interval >= 0, "at least 0"),
+            "position_period": (self.position_period > 1, "above 1"),
+            "query_stride": (self.query_stride in (1, 2, 4, 8, 16, 32), "a power of two up to 32"),
+            "jitter_probability": (0 <= self.jitter_probability <= 1, "between 0 and 1"),
+            "jitter_keys": (0 <= self.jitter_keys < 1, "at least 0 and below 1"),
+            "second_look_keys": (self.second_look_keys >= 0, "at least 0"),
+            "window": (self.window >= 0, "at least 0"),
+        }
+        for name, (holds, allowed) in rules.items():
+            if not holds:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected {allowed}")
+
+    def _check_second_look(self) -> None:
+        width = self.second_look_width
+        if width < 1 or width & (width - 1):
+            raise ValueError(f"second_look_width is {width}, expected a power of two")
+        if self.second_look_keys < self.k:
+            raise ValueError(f"second_look_keys is {self.second_look_keys}, expected 0 or at least k = {self.k}")
+        if self.bins != "aligned" or self.pooling == "none":
+            raise ValueError(
+                f"second_look_keys is {self.second_look_keys} with bins={self.bins!r} and pooling={self.pooling!r}: "
+                "the second look needs bins='aligned' and pooled keys"
+            )
+        if self.window % width or self.window + 2 * width > self.k:
+            raise ValueError(
+                f"window is {self.window}, expected a multiple of second_look_width = {width} that leaves room for "
+                f"two runs within k = {self.k}"
+            )
+
+    @classmethod
+    def paper_bert(cls, **changes: Any) -> "SEAConfig":
+        """The paper's setting for BERT: K = 128, relative bins, convolutions alone, bins competing over all heads."""
+        return cls(**{**_PAPER, "predictor_length": 128, **changes})
+
+    @classmethod
+    def paper_opt(cls, **changes: Any) -> "SEAConfig":
+        """The paper's setting for OPT: as for BERT with K = 256."""
+        return cls(**{**_PAPER, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for JSON, YAML and checkpoints."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "SEAConfig":
+        """Inverse of ``to_dict``. Keys of later versions are ignored with a warning."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            warnings.warn(f"SEAConfig: ignoring unknown keys {unknown}, written by another version", stacklevel=2)
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def replace(self, **changes: Any) -> "SEAConfig":
+        """A copy with some values changed."""
+        return dataclasses.replace(self, **changes)
+
+
+_PAPER = {
+    "k": 64,
+    "predictor_length": 256,
+    "bins": "relative",
+    "grouping": "causal_batch",
+    "keep_first": False,
+    "keep_own": False,
+    "pooling": "none",
+    "decoder": "conv",
+    "upsampling": "nearest",
+}

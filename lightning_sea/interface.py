@@ -1,0 +1,149 @@
+"""How converted models reach SEA: one attention function and one mask function, registered with transformers.
+
+The registry entries do nothing by themselves; a model uses them once its own configuration names ``IMPLEMENTATION``.
+The mask function hands over the 2-D padding mask (or None): no T x S mask is ever built for SEA.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
+
+from .attention import Estimate
+
+IMPLEMENTATION = "sea"
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One attention layer during one forward pass.
+
+    Attributes:
+        query: ``[N, H, T, D]``; key, value: ``[N, G, S, D]``, as the host handed them to attention.
+        context: ``[N, T, H, D]``.
+        scaling: score factor.
+        attention_mask: bool ``[N, S]`` or None.
+        causal: whether rows see only earlier keys.
+        estimate: what SEA estimated; None in layers with plain attention.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    context: Tensor
+    scaling: float
+    attention_mask: Tensor | None
+    causal: bool
+    estimate: Estimate | None
+
+
+def sea_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs,
+) -> tuple[Tensor, None]:
+    """Attention function: SEA in converted layers, plain softmax attention in the others.
+
+    Args:
+        module: the host's attention module; SEA is its submodule ``sea``.
+        query: ``[N, H, T, D]``; key, value: ``[N, G, S, D]``.
+        attention_mask: what ``sea_mask`` returned.
+        scaling: score factor; None means 1 / sqrt(D).
+        dropout: probability, applied by plain layers only.
+
+    Returns:
+        The context ``[N, T, H, D]``, and None in place of attention weights.
+    """
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: SEA takes the padding mask [batch, num_keys] only"
+        )
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    estimate = None
+    if hasattr(module, "sea"):
+        context, estimate = module.sea(query, key, value, scaling=scaling, attention_mask=attention_mask)
+    else:
+        context = _softmax_attention(module, query, key, value, attention_mask, scaling, dropout)
+    recorder = getattr(module, "attention_recorder", None)
+    if recorder is not None:
+        recorder.records.append(
+            LayerRecord(query, key, value, context, scaling, attention_mask, module.is_causal, estimate)
+        )
+    return context, None
+
+
+def sea_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs,
+) -> Tensor | None:
+    """Mask function: the bool padding mask ``[N, S]``, or None without padding.
+
+    Raises:
+        ValueError: for masks that are more than causal or bidirectional with contiguous padding.
+    """
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        raise ValueError(
+            "attention_mask or position_ids ask for more than causal or bidirectional attention with padding (packed "
+            "sequences, a sliding window, …), which SEA does not build; pass one padded sequence per row"
+        )
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[-1] != kv_length:
+        raise ValueError(
+            f"attention_mask covers {attention_mask.shape[-1]} positions and the keys {kv_length}, expected them equal "
+            "(a static cache is longer than what was seen: use a dynamic one)"
+        )
+    mask = attention_mask.bool()
+    if mask.all():
+        return None
+    if ((mask[:, 1:] != mask[:, :-1]).sum(-1) > 2 - mask[:, 0].int() - mask[:, -1].int()).any():
+        raise ValueError("attention_mask has gaps: the real tokens of an item must be contiguous (pad left or right)")
+    return mask
+
+
+def _softmax_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float,
+) -> Tensor:
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    causal = module.is_causal and num_queries > 1
+    mask = None
+    if attention_mask is not None or (causal and num_queries != num_keys):
+        mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
+        mask = mask.tril(num_keys - num_queries) if causal else mask
+        mask = mask if attention_mask is None else mask & attention_mask[:, None, None]
+    context = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        dropout_p=dropout,
+        is_causal=causal and mask is None,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    if mask is not None:  # a padding row sees nothing: softmax over no key is not a number
+        context = torch.where(mask.any(-1)[..., None], context, 0)
+    return context.transpose(1, 2)
+
+
+AttentionInterface.register(IMPLEMENTATION, sea_attention)
+AttentionMaskInterface.register(IMPLEMENTATION, sea_mask)

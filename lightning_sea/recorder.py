@@ -1,0 +1,39 @@
+"""Recording what every attention layer of a model saw and gave, for distillation, monitoring and pictures."""
+
+from transformers import PreTrainedModel
+
+from .families import attention_sites
+from .interface import IMPLEMENTATION, LayerRecord
+
+__all__ = ["AttentionRecorder", "LayerRecord"]
+
+
+class AttentionRecorder:
+    """Context manager that records every self-attention layer of one model instance, dense or converted.
+
+    A dense model runs its attention through ``scaled_dot_product_attention`` meanwhile. On exit the model is as before.
+    ``records`` holds the layers of the forward passes since ``clear()``, first layer first.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.records: list[LayerRecord] = []
+
+    def __enter__(self) -> "AttentionRecorder":
+        self._modules = [site.module for site in attention_sites(self.model)]
+        if any(hasattr(module, "attention_recorder") for module in self._modules):
+            raise RuntimeError("model is being recorded already: leave the other AttentionRecorder first")
+        self._implementation = self.model.config._attn_implementation
+        self.model.set_attn_implementation(IMPLEMENTATION)
+        for module in self._modules:
+            module.attention_recorder = self
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for module in self._modules:
+            del module.attention_recorder
+        self.model.set_attn_implementation(self._implementation)
+
+    def clear(self) -> None:
+        """Forget the records, and with them the tensors that they keep alive."""
+        self.records.clear()
