@@ -1,4 +1,4 @@
-"""Every knob of SEA, once, with plain types: YAML, command line help, checkpoints and saved models all come from here."""
+"""Every knob of SEA, once, with plain types: YAML, command line, checkpoints and saved models all come from here."""
 
 import dataclasses
 import warnings

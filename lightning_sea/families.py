@@ -1,4 +1,4 @@
-"""Model families that can be converted: where each keeps its self-attention. Adding a family is one entry and one test."""
+"""Model families that can be converted: where each keeps its self-attention. A new one is one entry and one test."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Bins: how the K columns of an estimated attention row stretch to its keys. Integers only, so that every backend agrees.
+"""Bins: how the K columns of an estimated row stretch to its keys. Integers only, so that every backend agrees.
 
 Two layouts, both contiguous runs of keys counted from the row's first valid key:
 
@@ -20,7 +20,7 @@ SHIFT_UNIT = 256  # a shift is counted in 1/256 of a key
 
 
 def aligned_width(length: Tensor, num_bins: int) -> Tensor:
-    """Keys per aligned bin, a power of two: the smallest w with ``num_bins * w >= length``. Same shape as ``length``."""
+    """Keys per aligned bin, shaped as ``length``: the smallest power of two w with ``num_bins * w >= length``."""
     needed = (length.clamp_min(1) + num_bins - 1) // num_bins
     width = torch.ones_like(needed)
     for exponent in range(1, 40):

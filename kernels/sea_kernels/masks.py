@@ -66,7 +66,7 @@ def unpack_bits(bits: Tensor, num_bins: int) -> Tensor:
     """int32 ``[..., K / 32]`` to bool ``[..., K]``."""
     if bits.shape[-1] * 32 != num_bins:
         raise ValueError(
-            f"bits has {bits.shape[-1]} words in its last dimension, expected num_bins / 32 = {num_bins / 32}"
+            f"bits has {bits.shape[-1]} words of 32 in a row, expected num_bins / 32 = {num_bins / 32}"
         )
     return ((bits[..., None] >> torch.arange(32, device=bits.device, dtype=torch.int32)) & 1).flatten(-2).bool()
 
