@@ -1,0 +1,99 @@
+"""Exact softmax attention over the keys that a sparse mask keeps."""
+
+import torch
+from torch import Tensor
+
+from ..backend import Backend, choose_backend
+from ..bins import LAYOUTS
+from ..checks import check_bins, check_choice, check_qkv, check_same_device, check_shape
+from ..masks import BinMask, RunMask
+from ..spans import row_spans
+
+__all__ = ["sparse_attention"]
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BinMask | RunMask,
+    *,
+    causal: bool,
+    scaling: float,
+    attention_mask: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Softmax attention of every row over the keys that it keeps (SEA, arXiv 2310.01777, section 3).
+
+    ``out_t = row_scale_t * sum_j softmax_j(scaling * q_t . k_j) v_j`` over the keys j that are real, that row t may see
+    and that ``mask`` keeps. A row that keeps nothing, and every padding row, gives 0. Computed in float32 for
+    half-precision inputs, also under autocast; float64 stays float64. Gradients flow to query, key, value and
+    row_scale. Memory is linear in T, in training too: the backward pass computes the scores again, chunk by chunk.
+
+    Args:
+        query: ``[N, H, T, D]``, the last T of the S positions.
+        key: ``[N, G, S, D]``; query head h reads key head ``h // (H / G)``.
+        value: ``[N, G, S, E]``.
+        mask: kept bins (:class:`BinMask`) or kept runs of keys (:class:`RunMask`) of every row and query head.
+        causal: whether a row sees only keys up to its own position. Bidirectional attention needs S = T.
+        scaling: factor of the scores.
+        attention_mask: bool or integer ``[N, S]``, nonzero at real keys, one contiguous run per item.
+        row_scale: ``[N, H, T]``, any floating dtype, or None for 1.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        ``[N, H, T, E]`` in query's dtype.
+
+    Raises:
+        ValueError: if shapes, dtypes or devices do not fit.
+        TypeError: if ``mask`` is neither a BinMask nor a RunMask.
+        NotImplementedError: for ``backend="triton"`` where it cannot run.
+    """
+    check_qkv(query, key, value)
+    _check_mask(mask, query.shape, causal)
+    batch, heads, num_queries, _ = query.shape
+    if row_scale is not None:
+        check_shape("row_scale", row_scale, (batch, heads, num_queries), "[batch, num_heads, num_queries]")
+    bits = mask.bits if isinstance(mask, BinMask) else mask.starts
+    check_same_device(query=query, mask=bits, attention_mask=attention_mask, row_scale=row_scale)
+    spans = row_spans(
+        batch, num_queries, key.shape[2], causal=causal, attention_mask=attention_mask, device=query.device
+    )
+    choose_backend(backend, query, triton_exists=False, operation="sparse_attention")
+    from . import reference as implementation
+
+    return implementation.sparse_attention(
+        query, key, value, mask, spans, causal=causal, scaling=scaling, row_scale=row_scale
+    )
+
+
+def _check_mask(mask: BinMask | RunMask, query_shape: torch.Size, causal: bool) -> None:
+    rows = tuple(query_shape[:3])
+    if isinstance(mask, BinMask):
+        check_bins(mask.num_bins)
+        check_choice("mask.layout", mask.layout, LAYOUTS)
+        check_shape(
+            "mask.bits", mask.bits, (*rows, mask.num_bins // 32), "[batch, num_heads, num_queries, num_bins / 32]"
+        )
+        check_choice("mask.bits.dtype", mask.bits.dtype, (torch.int32,))
+    elif isinstance(mask, RunMask):
+        check_shape("mask.starts", mask.starts, (*rows, None), "[batch, num_heads, num_queries, num_runs]")
+        check_choice("mask.starts.dtype", mask.starts.dtype, (torch.int32,))
+        _check_runs(mask, causal)
+    else:
+        raise TypeError(f"mask is a {type(mask).__name__}, expected a BinMask or a RunMask")
+
+
+def _check_runs(mask: RunMask, causal: bool) -> None:
+    if mask.width < 1 or mask.width & (mask.width - 1):
+        raise ValueError(f"mask.width is {mask.width}, expected a power of two")
+    if mask.window < 0 or mask.window % mask.width:
+        raise ValueError(f"mask.window is {mask.window}, expected a non-negative multiple of mask.width {mask.width}")
+    if mask.stride < 1:
+        raise ValueError(f"mask.stride is {mask.stride}, expected at least 1")
+    if not causal and (mask.window or mask.stride > 1):
+        raise ValueError(
+            f"mask has window {mask.window} and stride {mask.stride}, expected 0 and 1 with causal=False: "
+            "only causal rows have a window"
+        )
