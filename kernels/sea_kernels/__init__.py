@@ -1,6 +1,7 @@
-"""Operations of SEA attention, one folder each: a PyTorch reference and, where it exists, a Triton form behind one name."""
+"""Operations of SEA attention, one folder each: a PyTorch form and, where it exists, a Triton form."""
 
 from .linear_attention import LinearState, linear_attention
+from .select_bins import select_bins
 from .sparse_attention import sparse_attention
 
-__all__ = ["LinearState", "linear_attention", "sparse_attention"]
+__all__ = ["LinearState", "linear_attention", "select_bins", "sparse_attention"]

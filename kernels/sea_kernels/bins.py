@@ -54,7 +54,7 @@ def bin_sizes(length: Tensor, num_bins: int, layout: Layout, shift: int = 0) -> 
     return edges.diff(dim=-1)
 
 
-def wanted_bins(k: int, heads: int, length: Tensor, num_bins: int, layout: Layout) -> Tensor:
+def wanted_bins(k: int, heads: int | Tensor, length: Tensor, num_bins: int, layout: Layout) -> Tensor:
     """Bins that ``heads`` rows of ``length`` keys keep together so that each keeps ``k`` keys on average.
 
     Rounded half up, not yet limited to what exists: round(heads * k * K / L) for relative bins,
