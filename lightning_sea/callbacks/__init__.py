@@ -1,0 +1,8 @@
+"""Callbacks: what SEA keeps, what a run costs, pictures of attention, and the redraw of random features."""
+
+from .attention_maps import AttentionMapLogger
+from .memory import MemoryMonitor
+from .redraw import ProjectionRedraw
+from .sparsity import SparsityMonitor
+
+__all__ = ["AttentionMapLogger", "MemoryMonitor", "ProjectionRedraw", "SparsityMonitor"]
