@@ -13,8 +13,11 @@ GOLDEN_FOLDER = Path(__file__).parents[1] / "golden"
 
 @pytest.fixture(params=["bidir_head", "causal_T20"])
 def golden(request) -> dict:
-    """Tensors of one golden file, with its metadata under ``causal``, ``wanted`` (keys per query), ``num_bins``, ``grouping``, ``scaling`` and
-    ``attention_mask [N, S]``."""
+    """Tensors of one golden file and what they were made with.
+
+    Added are ``causal``, ``wanted`` (keys per query), ``num_bins``, ``grouping``, ``scaling`` and
+    ``attention_mask [N, S]``.
+    """
     return load_golden(request.param)
 
 
