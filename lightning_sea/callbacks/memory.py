@@ -8,7 +8,7 @@ import psutil
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from .recording import stage_name
+from .recording import logs_this_step, stage_name
 
 MIB = 2**20
 
