@@ -1,18 +1,17 @@
 """GLUE and other labelled sentences, from the hub, from official folders, from tables, or embedded."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow.compute
 from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets.fingerprint import Hasher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
 from lightning_sea.data.files import build_dataset, find_files
-from lightning_sea.data.glue_rows import glue_rows
+from lightning_sea.data.glue_rows import UNLABELLED, glue_rows
 from lightning_sea.data.glue_tasks import GLUETask, get_task
-from lightning_sea.data.loading import PadCollator, TrainSampler, train_loader
+from lightning_sea.data.loading import PadCollator, TrainSampler, evaluation_loader, train_loader
 from lightning_sea.data.module import SplitDataModule
 from lightning_sea.data.tokenizers import load_tokenizer, require_token, tokenizer_fingerprint
 
@@ -26,7 +25,7 @@ class GLUEDataModule(SplitDataModule):
     [N, T], padded to the longest row on the tokenizer's side; `labels` int64 [N] (float32 for regression; absent in
     `predict`); `idx` int64 [N], the row's number in its split.
 
-    Attributes for the model: `task`, `num_labels`, `tokenizer`, `pad_token_id`.
+    Attributes for the model: `task`, `num_labels`, `tokenizer`, `pad_token_id`, `max_length`.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class GLUEDataModule(SplitDataModule):
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
-        """Load the tokenizer; the data follow in `setup`.
+        """Find the files and load the tokenizer; the rows follow in `setup`.
 
         Args:
             task: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, or topics (the embedded summaries' topics).
@@ -59,27 +58,25 @@ class GLUEDataModule(SplitDataModule):
             cache_dir: where `datasets` keeps its cache, if not in its default place.
 
         Raises:
-            ValueError: for an unknown task, or a tokenizer without a pad token.
+            ValueError: for an unknown task, an unusable source, or a tokenizer without a pad token.
+            FileNotFoundError: if the source is a path that does not exist.
         """
-        super().__init__(batch_size, eval_batch_size, num_workers, seed)
-        self.save_hyperparameters()
+        super().__init__(source, batch_size, eval_batch_size, num_workers, num_proc, seed, cache_dir)
         self.task: GLUETask = get_task(task)
-        self.source = source
-        self.max_length = max_length
-        self.num_proc = num_proc
-        self.cache_dir = cache_dir
         self.num_labels = self.task.num_labels
-        self.tokenizer = load_tokenizer(tokenizer)
-        self.pad_token_id = require_token(self.tokenizer, "pad", tokenizer, "batches of sentences need")
-        self.collate = PadCollator(
-            self.pad_token_id, self.tokenizer.padding_side, getattr(self.tokenizer, "pad_token_type_id", 0)
-        )
+        self.max_length = max_length
+        self.files = find_files(self._task_folder(), SUFFIXES, self.task.splits)
         self.stage_splits = {
             "fit": ("train", *self.task.validation_splits),
             "validate": self.task.validation_splits,
             "test": self.task.test_splits,
             "predict": self.task.predict_splits,
         }
+        self.tokenizer = load_tokenizer(tokenizer)
+        self.pad_token_id = require_token(self.tokenizer, "pad", tokenizer, "batches of sentences need")
+        self.collate = PadCollator(
+            self.pad_token_id, self.tokenizer.padding_side, getattr(self.tokenizer, "pad_token_type_id", 0)
+        )
         self._tokenizer_fingerprint = tokenizer_fingerprint(self.tokenizer)
 
     def setup(self, stage: str) -> None:
@@ -89,12 +86,29 @@ class GLUEDataModule(SplitDataModule):
         """
         super().setup(stage)
         if stage != "predict":
-            for split in self.stage_splits[stage]:
+            for split in self.splits_of(stage):
                 self._check_labels(split)
 
     def load_split(self, split: str) -> Dataset:
-        """The tokenised rows of one split."""
-        return self._tokenise(self._read_split(split), split)
+        """The tokenised rows of one split, from the cache if it has them."""
+        dataset = self._read_hub(split) if self.files is None else self._read_files(split)
+        columns = self.task.columns
+
+        def encode(rows: dict[str, list]) -> dict[str, list]:
+            return self.tokenizer(*(rows[column] for column in columns), truncation=True, max_length=self.max_length)
+
+        # Fast tokenizers change when called, so the fingerprint is made here, not from `encode`.
+        fingerprint = Hasher.hash((dataset._fingerprint, self._tokenizer_fingerprint, columns, self.max_length))
+        encoded = dataset.map(
+            encode,
+            batched=True,
+            num_proc=self.num_proc,
+            remove_columns=list(columns),
+            new_fingerprint=fingerprint,
+            desc=f"Tokenising {self.task.name} {split}",
+        )
+        self._check_lengths(encoded, split)
+        return encoded.rename_column("label", "labels")
 
     def train_dataloader(self) -> DataLoader:
         """Shuffled rows in full batches."""
@@ -104,18 +118,63 @@ class GLUEDataModule(SplitDataModule):
 
     def predict_dataloader(self) -> list[DataLoader]:
         """One loader per submission file of the task, without labels."""
-        self.splits |= {s: self.splits[s].remove_columns("labels") for s in self.task.predict_splits if self._has_labels(s)}
-        return self.evaluation_loaders("predict")
+        return [
+            evaluation_loader(
+                self.splits[split].remove_columns("labels"),
+                self.world,
+                self.collate,
+                self.eval_batch_size,
+                self.num_workers,
+            )
+            for split in self.task.predict_splits
+        ]
 
-    def _read_split(self, split: str) -> Dataset:
-        source = self.source
-        if isinstance(source, str) and source != "embedded" and (Path(source) / self.task.folder).is_dir():
-            source = str(Path(source) / self.task.folder)
-        splits = ("train", *self.task.validation_splits, *self.task.predict_splits)
-        files = find_files(source, SUFFIXES, splits)
-        if files is None:
-            return self._read_hub(split)
-        if split not in files:
-            raise ValueError(f"source {source!r} has no split {split!r}; found {', '.join(files)}")
+    def _task_folder(self) -> str | dict[str, str]:
+        """The source; the task's own folder if the source is that of all tasks."""
+        if isinstance(self.source, str) and (Path(self.source) / self.task.folder).is_dir():
+            return str(Path(self.source) / self.task.folder)
+        return self.source
+
+    def _read_files(self, split: str) -> Dataset:
+        label = Value("float32") if self.task.is_regression else Value("int64")
+        features = Features(
+            {**dict.fromkeys(self.task.columns, Value("string")), "label": label, "idx": Value("int64")}
+        )
         arguments = {"task_name": self.task.name, "needs_label": split not in self.task.predict_splits}
-        return build_dataset(glue_rows, files[split], arguments, self._features(), self.cache_dir)
+        return build_dataset(glue_rows, self.files[split], arguments, features, self.cache_dir)
+
+    def _read_hub(self, split: str) -> Dataset:
+        dataset = load_dataset(self.source, self.task.name, split=split, cache_dir=self.cache_dir)
+        wanted = [*self.task.columns, "label", "idx"]
+        for column in wanted:
+            if column not in dataset.column_names:
+                raise ValueError(
+                    f"{self.source}, {self.task.name}, {split}: no column {column!r}; "
+                    f"found {', '.join(dataset.column_names)}"
+                )
+        label = dataset.features["label"]
+        if isinstance(label, ClassLabel) and tuple(label.names) != self.task.labels:
+            raise ValueError(
+                f"{self.source}, {self.task.name}: labels {', '.join(label.names)}; "
+                f"expected {', '.join(self.task.labels)}"
+            )
+        return dataset.select_columns(wanted)
+
+    def _check_labels(self, split: str) -> None:
+        labels = pyarrow.compute.unique(self.splits[split].data["labels"])
+        if UNLABELLED in labels.to_pylist():
+            raise ValueError(
+                f"source {self.source!r}: split {split!r} of {self.task.name} has rows without a label; "
+                f"only `predict` can use it"
+            )
+
+    def _check_lengths(self, encoded: Dataset, split: str) -> None:
+        lengths = pyarrow.compute.list_value_length(encoded.data["input_ids"]).to_numpy()
+        if not lengths.all():
+            raise ValueError(f"{self.task.name} {split}: row {int(lengths.argmin())} has no token")
+        longest = int((lengths >= self.max_length).sum())
+        if longest:
+            rank_zero_info(
+                f"{self.task.name} {split}: {longest} of {len(lengths)} rows fill max_length = {self.max_length}; "
+                f"what is longer was cut"
+            )

@@ -34,6 +34,7 @@ class GLUETask:
     tsv_columns, tsv_label: the text columns and the label column of the official files.
     tsv_header: column names of official train and dev files that have no header line (CoLA).
     skip_short_rows: the official files have lines cut in the middle, which every user of them leaves out (QQP).
+    label_column: the label column on the hub and in CSV, JSONL and Parquet files.
     ignored_labels: rows with such a label are left out.
     validation_splits, test_splits, predict_splits: what `validate`, `test` and `predict` go through. GLUE's own test
         labels are not public, so `test` uses its validation splits.
@@ -58,6 +59,11 @@ class GLUETask:
     predict_splits: tuple[str, ...] = ("test",)
     submission_files: tuple[str, ...] = ()
     submission_names: bool = False
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """All splits that a source of this task may have."""
+        return ("train", *self.validation_splits, *self.predict_splits)
 
     @property
     def num_labels(self) -> int:
