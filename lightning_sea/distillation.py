@@ -1,0 +1,211 @@
+"""What a student learns from its teacher (SEA, arXiv 2310.01777, section 3.4), with memory linear in the length.
+
+Every error is first averaged over the real rows of an item and then over items, so that padding changes nothing and a
+step spread over several devices equals one step over the whole batch.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import sea_kernels as ops
+
+from .attention.estimate import Estimate
+from .recorder import LayerRecord
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """Weights of the losses; a loss of weight 0 is not computed.
+
+    Attributes:
+        est_kl: KL divergence of the estimated attention from the teacher's attention.
+        est_mse: mean squared error of the estimated attention over keys.
+        attn_kl: KL divergence of the student's own dense attention from the teacher's.
+        attn_mse: mean squared error of the same.
+        context: squared error of what attention returns.
+        hidden: squared error of the hidden states, mean over layers.
+        logit: KL divergence of the student's logits from the teacher's; their squared error in a regression.
+        task: the task's own loss.
+        relative: divide the errors of context and hidden states by the teacher's mean square, so that one weight fits
+            every model, also those with a few huge activations; the paper does not.
+
+    Raises:
+        ValueError: if a weight is negative or all are 0.
+    """
+
+    est_kl: float = 0.1
+    est_mse: float = 1.0
+    attn_kl: float = 0.1
+    attn_mse: float = 1.0
+    context: float = 1.0
+    hidden: float = 5.0
+    logit: float = 0.2
+    task: float = 0.1
+    relative: bool = True
+
+    def __post_init__(self) -> None:
+        weights = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.type is float}
+        negative = {name: weight for name, weight in weights.items() if weight < 0}
+        if negative or not any(weights.values()):
+            raise ValueError(f"weights of the losses are {negative or weights}, expected at least 0 and not all 0")
+
+    @classmethod
+    def paper_glue(cls, num_heads: int = 12, **changes: Any) -> "DistillationConfig":
+        """The paper's weights for BERT on GLUE.
+
+        Bidirectional divergences are summed over heads there and averaged over them here: hence the factor
+        ``num_heads`` (BERT-base has 12).
+        """
+        divergence = 0.1 * num_heads
+        paper = {"est_kl": divergence, "attn_kl": divergence, "hidden": 10.0, "logit": 0.1, "relative": False}
+        return cls(**{**paper, **changes})
+
+    @classmethod
+    def paper_opt(cls, **changes: Any) -> "DistillationConfig":
+        """The paper's weights for OPT on WikiText-2."""
+        return cls(**{"hidden": 5.0, "logit": 0.2, "relative": False, **changes})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for checkpoints."""
+        return dataclasses.asdict(self)
+
+
+def mean_over_rows(values: Tensor, real: Tensor | None) -> Tensor:
+    """Mean over the real rows of each item, then over items.
+
+    Args:
+        values: ``[N, T]``, or ``[N, H, T]`` whose heads are averaged first.
+        real: bool ``[N, T]``, False in padding rows, whose values do not count; None means that all rows are real.
+
+    Returns:
+        A float32 scalar (float64 for float64).
+    """
+    values = values if values.dtype == torch.float64 else values.float()
+    if values.dim() == 3:
+        values = values.mean(1)
+    if real is None:
+        return values.mean()
+    kept = torch.where(real, values, 0.0).sum(-1)
+    return (kept / real.sum(-1).clamp_min(1)).mean()
+
+
+def estimation_losses(teacher: LayerRecord, estimate: Estimate) -> dict[str, Tensor]:
+    """L_est of one layer: how far the estimate lies from the teacher's attention.
+
+    Args:
+        teacher: record of the dense layer; gradients do not reach it.
+        estimate: what SEA estimated for the same tokens.
+
+    Returns:
+        Scalars ``est_kl`` and ``est_mse``. The latter is the sum over keys of the squared error divided by the item's
+        number of real tokens: the mean over the T x T map when there is no padding.
+    """
+    place = {"causal": teacher.causal, "attention_mask": teacher.attention_mask}
+    place |= {"layout": estimate.layout, "shift": estimate.shift}
+    with torch.no_grad():
+        statistics = ops.teacher_statistics(
+            teacher.query, teacher.key, num_bins=estimate.scores.shape[-1], scaling=teacher.scaling, **place
+        )
+    divergence, square_error = ops.estimation_loss(estimate.scores, statistics, num_keys=teacher.key.shape[2], **place)
+    return _pair("est", divergence, square_error, teacher)
+
+
+def attention_losses(teacher: LayerRecord, student: LayerRecord) -> dict[str, Tensor]:
+    """L_attn of one layer: how far the dense attention of the student's own queries and keys lies from the teacher's.
+
+    Returns:
+        Scalars ``attn_kl`` and ``attn_mse``, measured as in ``estimation_losses``.
+    """
+    divergence, square_error = ops.attention_loss(
+        teacher.query,
+        teacher.key,
+        student.query,
+        student.key,
+        causal=teacher.causal,
+        teacher_scaling=teacher.scaling,
+        scaling=student.scaling,
+        attention_mask=teacher.attention_mask,
+    )
+    return _pair("attn", divergence, square_error, teacher)
+
+
+def state_loss(teacher: Tensor, student: Tensor, real: Tensor | None, *, relative: bool) -> Tensor:
+    """Mean squared error between two states ``[N, T, ...]`` over the real rows.
+
+    Args:
+        teacher: target, no gradient reaches it.
+        student: same shape.
+        real: bool ``[N, T]`` or None.
+        relative: divide by the mean square of the teacher's real rows, over the same rows of each item.
+    """
+    target = teacher.detach().flatten(2).float()
+    error = (student.flatten(2).float() - target).square().mean(-1)
+    if not relative:
+        return mean_over_rows(error, real)
+    power = target.square().mean(-1)
+    if real is None:
+        return (error.mean(-1) / power.mean(-1).clamp_min(1e-12)).mean()
+    error, power = (torch.where(real, rows, 0.0).sum(-1) for rows in (error, power))
+    return (error / power.clamp_min(1e-12)).mean()
+
+
+def logit_loss(teacher: Tensor, student: Tensor, real: Tensor | None = None) -> Tensor:
+    """KL divergence of the student's distribution from the teacher's, or squared error where there is one output.
+
+    Args:
+        teacher: logits ``[N, C]`` of a classifier or ``[N, T, C]`` of a language model; no gradient reaches them.
+        student: same shape.
+        real: bool ``[N, T]`` or None; for language models only.
+    """
+    teacher, student = teacher.detach().float(), student.float()
+    if teacher.shape[-1] == 1:
+        return (student - teacher).square().mean()
+    divergence = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    return mean_over_rows(divergence, real) if divergence.dim() > 1 else divergence.mean()
+
+
+def layer_losses(teacher: LayerRecord, student: LayerRecord, config: DistillationConfig) -> dict[str, Tensor]:
+    """All losses of one layer that have a weight; ``est_*`` only where the student's layer is a SEA layer."""
+    losses: dict[str, Tensor] = {}
+    if student.estimate is not None and (config.est_kl or config.est_mse):
+        losses |= estimation_losses(teacher, student.estimate)
+    if config.attn_kl or config.attn_mse:
+        losses |= attention_losses(teacher, student)
+    if config.context:
+        real = teacher.attention_mask
+        losses["context"] = state_loss(teacher.context, student.context, real, relative=config.relative)
+    return losses
+
+
+def mean_over_layers(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Mean of every loss over the layers that have it."""
+    names = dict.fromkeys(name for losses in layers for name in losses)
+    return {name: torch.stack([losses[name] for losses in layers if name in losses]).mean() for name in names}
+
+
+def hidden_loss(
+    teacher: Sequence[Tensor], student: Sequence[Tensor], real: Tensor | None, config: DistillationConfig
+) -> Tensor:
+    """L_hid: mean over layers of ``state_loss`` of the hidden states ``[N, T, C]``, embeddings included."""
+    pairs = zip(teacher, student, strict=True)
+    return torch.stack([state_loss(t, s, real, relative=config.relative) for t, s in pairs]).mean()
+
+
+def weighted_sum(losses: dict[str, Tensor], config: DistillationConfig) -> Tensor:
+    """The loss to minimise: every loss times its weight."""
+    return torch.stack([getattr(config, name) * loss for name, loss in losses.items()]).sum()
+
+
+def _pair(name: str, divergence: Tensor, square_error: Tensor, record: LayerRecord) -> dict[str, Tensor]:
+    real = record.attention_mask
+    num_keys = divergence.shape[-1] if real is None else real.sum(-1).clamp_min(1)[:, None, None]
+    return {
+        f"{name}_kl": mean_over_rows(divergence, real),
+        f"{name}_mse": mean_over_rows(square_error / num_keys, real),
+    }

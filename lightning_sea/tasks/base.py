@@ -1,0 +1,348 @@
+"""Training common to all tasks: teacher, losses, two stages, optimiser, checkpoints."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .. import adapt
+from ..config import SEAConfig
+from ..data.embedded import resolve_model
+from ..distillation import (
+    DistillationConfig,
+    estimation_losses,
+    hidden_loss,
+    layer_losses,
+    logit_loss,
+    mean_over_layers,
+    weighted_sum,
+)
+from ..recorder import AttentionRecorder, LayerRecord
+from .optimization import OptimizerConfig, build_optimizer, parameters_without_gradient
+
+Batch = dict[str, Tensor]
+
+
+class DistillationModule(LightningModule):
+    """Distils SEA into a pretrained model, or trains the plain model in the same way.
+
+    Training has two stages: for ``estimator_steps`` optimiser steps SEA's estimator alone learns the teacher's attention
+    from the teacher's own activations, without a pass through the student; then everything trains.
+
+    The teacher is frozen and lives outside the module's parameters and checkpoints; it is loaded when first needed.
+
+    Attributes:
+        student: the transformers model that trains.
+        keep_records: set it before a training or evaluation step to have that step fill ``layer_records``.
+        layer_records: for every layer of the latest batch, the teacher's and the student's record; emptied after the
+            callbacks of the step. Always empty with ``attention="dense"``.
+
+    Args:
+        model: the pretrained model: hub name, directory, "embedded:lm", "embedded:classifier", or a directory that
+            ``export`` wrote.
+        attention: "sea" converts the model and distils; "dense" trains the plain model on its task, which makes
+            teachers and the baseline to compare with, and leaves the arguments of SEA and of distillation unused.
+        sea: how to estimate, select and mix; its defaults if null. A model exported with SEA brings its own settings,
+            of which only ``k`` may be changed here.
+        layers: layers to convert, from 0; null converts all.
+        distillation: weights of the losses; their defaults if null.
+        teacher: what ``model`` may be, for the teacher; null takes the weights of ``model``.
+        estimator_steps: optimiser steps of the first stage.
+        optimizer: learning rates and schedule; their defaults if null.
+        export_dir: where to export the model (with SEA or without) at the end of ``fit``; null does not.
+
+    Raises:
+        ValueError: if arguments do not fit each other or the model.
+    """
+
+    auto_class: ClassVar[type]
+    forward_options: ClassVar[dict[str, Any]] = {}
+    input_names: ClassVar[tuple[str, ...]] = ("input_ids", "attention_mask", "token_type_ids")
+
+    def __init__(
+        self,
+        model: str,
+        attention: Literal["sea", "dense"] = "sea",
+        sea: SEAConfig | None = None,
+        layers: list[int] | None = None,
+        distillation: DistillationConfig | None = None,
+        teacher: str | None = None,
+        estimator_steps: int = 0,
+        optimizer: OptimizerConfig | None = None,
+        export_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        if attention not in ("sea", "dense"):
+            raise ValueError(f"attention is {attention!r}, expected 'sea' or 'dense'")
+        if estimator_steps < 0:
+            raise ValueError(f"estimator_steps is {estimator_steps}, expected at least 0")
+        # load_from_checkpoint hands over the plain types that are saved below
+        sea = SEAConfig.from_dict(sea) if isinstance(sea, dict) else sea
+        self.distillation = _from_plain(DistillationConfig, distillation)
+        self.optimizer_config = _from_plain(OptimizerConfig, optimizer)
+        if estimator_steps and not (self.distillation.est_kl or self.distillation.est_mse):
+            raise ValueError(
+                f"estimator_steps is {estimator_steps} with est_kl = est_mse = 0: the stage would learn nothing"
+            )
+        self.attention = attention
+        self.estimator_steps = estimator_steps if attention == "sea" else 0
+        self.export_dir = export_dir
+        self.student, self._new_weights = self._build_student(model, sea, layers)
+        self.teacher_name = teacher
+        self._teacher: tuple[PreTrainedModel, ...] = ()  # in a tuple, so that it is no submodule
+        self.keep_records = False
+        self.layer_records: list[tuple[LayerRecord, LayerRecord]] = []
+        self._seed: int | None = None
+        # Plain types only: anything else would not load again with torch.load(weights_only=True).
+        self.save_hyperparameters(
+            {
+                "model": model,
+                "attention": attention,
+                "sea": sea.to_dict() if sea else None,
+                "layers": layers,
+                "distillation": dataclasses.asdict(self.distillation),
+                "teacher": teacher,
+                "estimator_steps": estimator_steps,
+                "optimizer": dataclasses.asdict(self.optimizer_config),
+                "export_dir": export_dir,
+            }
+        )
+
+    # What a task adds
+
+    def model_options(self) -> dict[str, Any]:
+        """Keyword arguments for ``auto_class.from_pretrained``."""
+        return {}
+
+    def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The task's own loss, a scalar."""
+        raise NotImplementedError
+
+    def logit_rows(self, batch: Batch) -> Tensor | None:
+        """Bool ``[N, T]``: rows of the logits that the teacher's logits are compared at; None compares all."""
+        return None
+
+    def evaluate(self, logits: Tensor, batch: Batch, stage: str, dataloader_idx: int) -> None:
+        """Update and log the metrics of ``stage``, "val" or "test"."""
+        raise NotImplementedError
+
+    # Models
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The frozen teacher, on this module's device. Loaded at the first use.
+
+        Raises:
+            ValueError: with ``attention="dense"``, or if the teacher's weights are not all trained.
+        """
+        if self.attention == "dense":
+            raise ValueError("attention is 'dense': there is no teacher")
+        if not self._teacher:
+            self._teacher = (self._load_teacher(),)
+        teacher = self._teacher[0]
+        return teacher if teacher.device == self.device else teacher.to(self.device)
+
+    def _load_teacher(self) -> PreTrainedModel:
+        name = self.teacher_name or self.hparams.model
+        if _is_sea(name):
+            raise ValueError(f"teacher is {name!r}, a SEA model: pass the plain model that it was distilled from")
+        model, new_weights = self._load_plain(name)
+        if new_weights:
+            raise ValueError(
+                f"teacher is {name!r}, which has no trained {', '.join(new_weights)}: train it on the task first, with "
+                "attention='dense' and an export_dir, and pass that directory"
+            )
+        return model.eval().requires_grad_(False)
+
+    def _load_plain(self, name: str) -> tuple[PreTrainedModel, list[str]]:
+        model, report = self.auto_class.from_pretrained(
+            resolve_model(name), dtype=torch.float32, output_loading_info=True, **self.model_options()
+        )
+        return model, sorted(report["missing_keys"])
+
+    def _build_student(
+        self, name: str, sea: SEAConfig | None, layers: list[int] | None
+    ) -> tuple[PreTrainedModel, list[str]]:
+        if not _is_sea(name):
+            model, new_weights = self._load_plain(name)
+            if self.attention == "sea":
+                adapt.convert(model, sea or SEAConfig(), layers)
+            return model, new_weights
+        if self.attention == "dense":
+            raise ValueError(f"model is {name!r}, a SEA model, with attention='dense': pass the plain model")
+        model = adapt.load_pretrained(resolve_model(name))
+        saved = model.sea_conversion
+        if sea and sea.replace(k=saved.config.k) != saved.config:
+            theirs, ours = saved.config.to_dict(), sea.to_dict()
+            differing = {key: ours[key] for key in ours if key != "k" and ours[key] != theirs[key]}
+            raise ValueError(f"sea differs from what {name!r} was trained with in {differing}: only k may change")
+        if layers is not None and sorted(set(layers)) != saved.layers:
+            raise ValueError(f"layers is {layers}, but {name!r} was converted in layers {saved.layers}")
+        if sea:
+            adapt.set_k(model, sea.k)
+        return model, []
+
+    def export(self, directory: str | Path) -> None:
+        """Save the student so that ``model`` (and, for a plain one, ``teacher``) can name the directory.
+
+        A tokenizer is saved with it if the trainer's data module has one.
+        """
+        if self.attention == "sea":
+            adapt.save_pretrained(self.student, directory)
+        else:
+            self.student.save_pretrained(directory)
+        data = self._trainer.datamodule if self._trainer else None
+        tokenizer = getattr(data, "tokenizer", None)
+        if hasattr(tokenizer, "save_pretrained"):
+            tokenizer.save_pretrained(directory)
+
+    # Training
+
+    def on_fit_start(self) -> None:
+        self.student.train()  # from_pretrained returns models in evaluation mode, and the trainer leaves modes alone
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+        if self.attention == "sea":
+            _ = self.teacher  # fail now rather than in the first step
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # Randomness (dropout, jitter) depends on the step and the rank alone, so that a resumed run repeats it.
+        step = self.trainer.fit_loop.total_batch_idx * self.trainer.world_size + self.global_rank
+        torch.manual_seed((self._seed * 1_000_003 + step) % 2**63)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        if self.attention == "dense":
+            losses = {"task": self.task_loss(self._forward(self.student, batch).logits, batch)}
+            loss = losses["task"]
+        else:
+            first_stage = self.trainer.global_step < self.estimator_steps
+            losses = self._estimator_losses(batch) if first_stage else self._all_losses(batch)
+            loss = weighted_sum(losses, self.distillation)
+        self.log("train/loss", loss.detach(), prog_bar=True)
+        self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
+        return self._with_all_parameters(loss)
+
+    def _estimator_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """First stage: the estimators see the teacher's queries, keys and values."""
+        records = self._teacher_records(batch)
+        losses, pairs = [], [(record, record) for record in records]
+        for index, layer in zip(self.student.sea_conversion.layers, adapt.sea_layers(self.student), strict=True):
+            record = records[index]
+            estimate = layer.estimate(
+                record.query, record.key, record.value, scaling=record.scaling, attention_mask=record.attention_mask
+            )
+            losses.append(estimation_losses(record, estimate))
+            pairs[index] = (record, dataclasses.replace(record, estimate=estimate))
+        if self.keep_records:
+            self.layer_records = pairs
+        losses = mean_over_layers(losses)
+        return {name: loss for name, loss in losses.items() if getattr(self.distillation, name)}
+
+    def _all_losses(self, batch: Batch) -> dict[str, Tensor]:
+        """Second stage: student and teacher side by side."""
+        config, want_hidden = self.distillation, bool(self.distillation.hidden)
+        with torch.no_grad(), AttentionRecorder(self.teacher) as teacher_layers:
+            teacher = self._forward(self.teacher, batch, output_hidden_states=want_hidden)
+        with AttentionRecorder(self.student) as student_layers:
+            student = self._forward(self.student, batch, output_hidden_states=want_hidden)
+        pairs = list(zip(teacher_layers.records, student_layers.records, strict=True))
+        losses = mean_over_layers([layer_losses(t, s, config) for t, s in pairs])
+        if want_hidden:
+            real = batch["attention_mask"].bool() if "attention_mask" in batch else None
+            losses["hidden"] = hidden_loss(teacher.hidden_states, student.hidden_states, real, config)
+        if config.logit:
+            losses["logit"] = logit_loss(teacher.logits, student.logits, self.logit_rows(batch))
+        if config.task:
+            losses["task"] = self.task_loss(student.logits, batch)
+        if self.keep_records:
+            self.layer_records = pairs
+        return {name: loss for name, loss in losses.items() if getattr(config, name)}
+
+    def _with_all_parameters(self, loss: Tensor) -> Tensor:
+        """Tie parameters that this step does not use to the loss, when there are several processes.
+
+        DDP waits for a gradient of every parameter. Its own remedy, find_unused_parameters, walks the graph too, but
+        then for good and all: here zeros stand in, and are dropped again before the optimiser's step.
+        """
+        self._idle: list[torch.nn.Parameter] = []
+        if self.trainer.world_size == 1:
+            return loss
+        self._idle = parameters_without_gradient(loss, [p for p in self.student.parameters() if p.requires_grad])
+        return loss + 0.0 * sum(parameter.sum() for parameter in self._idle)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        for parameter in self._idle:
+            parameter.grad = None  # zeros would still move Adam's step count, and weight decay the parameter
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        self.layer_records = []
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        optimizer, schedule = build_optimizer(
+            self.student,
+            self.optimizer_config,
+            estimator_steps=self.estimator_steps,
+            total_steps=self.trainer.estimated_stepping_batches,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_fit_end(self) -> None:
+        if self.export_dir and self.trainer.is_global_zero:
+            self.export(self.export_dir)
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["training_seed"] = self._seed
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._seed = checkpoint["training_seed"]
+
+    # Evaluation
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The student's logits for ``batch``, whose labels are not used."""
+        return self._forward(self.student, batch).logits
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluate(self._evaluation_logits(batch), batch, "val", dataloader_idx)
+
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.evaluate(self._evaluation_logits(batch), batch, "test", dataloader_idx)
+
+    def on_validation_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.layer_records = []
+
+    def on_test_batch_end(self, outputs: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self.layer_records = []
+
+    def _evaluation_logits(self, batch: Batch) -> Tensor:
+        if not self.keep_records or self.attention == "dense":
+            return self(batch)
+        with AttentionRecorder(self.student) as recorder:
+            logits = self(batch)
+        self.layer_records = list(zip(self._teacher_records(batch), recorder.records, strict=True))
+        return logits
+
+    def _teacher_records(self, batch: Batch) -> list[LayerRecord]:
+        with torch.no_grad(), AttentionRecorder(self.teacher) as recorder:
+            self._forward(self.teacher.base_model, batch)  # no logits needed
+        return recorder.records
+
+    def _forward(self, model: torch.nn.Module, batch: Batch, **options: Any) -> Any:
+        inputs = {name: batch[name] for name in self.input_names if name in batch}
+        return model(**inputs, **self.forward_options, **options)
+
+
+def _from_plain(config_class: type, value: Any) -> Any:
+    if value is None:
+        return config_class()
+    return config_class(**value) if isinstance(value, dict) else value
+
+
+def _is_sea(name: str) -> bool:
+    return (Path(resolve_model(name)) / adapt.SEA_FILE).is_file()
