@@ -84,7 +84,10 @@ class GLUEDataModule(SplitDataModule):
 
         Raises ValueError if the data are unusable: a missing column, an unknown label, an empty file, wrong encoding.
         """
+        new = [split for split in self.splits_of(stage) if split not in self.splits]
         super().setup(stage)
+        for split in new:
+            self._check_lengths(split)
         if stage != "predict":
             for split in self.splits_of(stage):
                 self._check_labels(split)
@@ -107,7 +110,6 @@ class GLUEDataModule(SplitDataModule):
             new_fingerprint=fingerprint,
             desc=f"Tokenising {self.task.name} {split}",
         )
-        self._check_lengths(encoded, split)
         return encoded.rename_column("label", "labels")
 
     def train_dataloader(self) -> DataLoader:
@@ -168,8 +170,8 @@ class GLUEDataModule(SplitDataModule):
                 f"only `predict` can use it"
             )
 
-    def _check_lengths(self, encoded: Dataset, split: str) -> None:
-        lengths = pyarrow.compute.list_value_length(encoded.data["input_ids"]).to_numpy()
+    def _check_lengths(self, split: str) -> None:
+        lengths = pyarrow.compute.list_value_length(self.splits[split].data["input_ids"]).to_numpy()
         if not lengths.all():
             raise ValueError(f"{self.task.name} {split}: row {int(lengths.argmin())} has no token")
         longest = int((lengths >= self.max_length).sum())

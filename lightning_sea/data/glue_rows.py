@@ -41,10 +41,8 @@ def tsv_rows(path: Path, task: GLUETask) -> Iterator[tuple[str, dict[str, str]]]
     official files are known to have some: those are left out with a warning.
     """
     lines = read_lines(path)
-    if task.tsv_header and path.stem != "test":
-        header = list(task.tsv_header)
-    else:
-        header = next(lines, (0, ""))[1].split("\t")
+    without_header = task.tsv_header and path.stem != "test"
+    header = list(task.tsv_header) if without_header else next(lines, (0, ""))[1].split("\t")
     for number, line in lines:
         where = f"{path}, line {number}"
         fields = line.split("\t")
