@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("lightning-sea", "torch", "triton", "lightning", "transformers", "torchmetrics", "datasets", "jsonargparse")
+from . import __version__
+
+PACKAGES = ("torch", "triton", "lightning", "transformers", "torchmetrics", "datasets", "jsonargparse")
 
 
 def versions() -> dict[str, str]:
@@ -49,6 +51,7 @@ def environment() -> dict[str, str]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "lightning-sea": __version__,
         **versions(),
         "cuda": torch.version.cuda or "none",
         "device": device_name(),

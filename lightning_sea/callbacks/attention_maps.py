@@ -40,7 +40,7 @@ class AttentionMapLogger(RecordingCallback):
 
     def look(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         records = pl_module.layer_records
-        for layer in self.layers:
+        for layer in self.layers if records else ():
             check_index("layer", layer, len(records))
             teacher, student = records[layer]
             if student.estimate is None:

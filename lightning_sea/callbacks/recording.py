@@ -21,7 +21,8 @@ class RecordingCallback(Callback):
     """Sets ``pl_module.keep_records`` before batches that ``wants`` picks and hands them to ``look`` afterwards.
 
     A module that supports this has ``keep_records: bool`` and fills ``layer_records``, a list of pairs of the teacher's
-    and the student's LayerRecord, during a step for which it is set. Several such callbacks share one recording.
+    and the student's LayerRecord (empty for a dense student), during a step for which it is set; it lets go of them at
+    the end of the step. Several such callbacks share one recording.
     """
 
     def wants(self, trainer: Trainer, batch_index: int) -> bool:
@@ -35,8 +36,6 @@ class RecordingCallback(Callback):
     def _before(self, trainer: Trainer, pl_module: LightningModule, batch_index: int) -> None:
         self._wanted = self.wants(trainer, batch_index)
         pl_module.keep_records = pl_module.keep_records or self._wanted
-        if not pl_module.keep_records:
-            pl_module.layer_records = []  # what an earlier batch left would only hold memory
 
     def _after(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         pl_module.keep_records = False

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
@@ -15,17 +16,19 @@ class ProjectionRedraw(Callback):
     callback where features are used; configurations without them are left as they are. Logs nothing.
 
     Args:
-        seed: of the draws, 0 to 2³¹ - 1.
+        seed: of the draws, at least 0.
     """
 
     def __init__(self, seed: int = 0) -> None:
-        if not 0 <= seed < 2**31:
-            raise ValueError(f"seed is {seed}, expected 0 to 2**31 - 1")
+        if seed < 0:
+            raise ValueError(f"seed is {seed}, expected at least 0")
         self.seed = seed
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = trainer.global_step
-        generator = torch.Generator().manual_seed((self.seed << 32) + step)
+        # mixed down to 32 bits, because PyTorch's CPU generator reads no more of its seed
+        mixed = int(np.random.SeedSequence([self.seed, step]).generate_state(1)[0])
+        generator = torch.Generator().manual_seed(mixed)
         for layer in sea_layers(pl_module.student):
             interval = layer.config.redraw_interval
             if step and interval and step % interval == 0:

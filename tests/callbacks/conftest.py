@@ -4,7 +4,7 @@ from families import VOCABULARY, tiny_model
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
-from lightning_sea.adapt import convert
+from lightning_sea.adapt import convert, sea_layers
 from lightning_sea.config import SEAConfig
 from lightning_sea.recorder import AttentionRecorder
 
@@ -27,7 +27,7 @@ class Distiller(LightningModule):
         return self._teacher[0]
 
     def _step(self, batch):
-        if not self.keep_records:
+        if not self.keep_records or not sea_layers(self.student):
             return self.student(**batch).logits.square().mean()
         with AttentionRecorder(self.teacher) as teacher, torch.no_grad():
             self.teacher(**batch)
@@ -45,6 +45,9 @@ class Distiller(LightningModule):
 
     def test_step(self, batch, batch_idx):
         self._step(batch)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        self.layer_records = []
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
