@@ -2,8 +2,8 @@
 
     python benchmarks/teachers/make_models.py [--train-file outputs/teachers/train.jsonl.gz]
 
-Both models share the vocabulary: byte-level BPE, so no text is unknown. Only the classifier's tokenizer puts `<s>` and
-`</s>` around sentences.
+Both models share the vocabulary: byte-level BPE, so no text is unknown. Only the classifier's tokenizer puts ``<s>``
+and ``</s>`` around sentences.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def train_tokenizer(train_file: Path) -> Tokenizer:
 
 
 def sentence_template(tokenizer: Tokenizer) -> processors.TemplateProcessing:
-    """`<s> A </s>`, or `<s> A </s> B </s>` with token types 0 and 1."""
+    """``<s> A </s>``, or ``<s> A </s> B </s>`` with token types 0 and 1."""
     special = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
     return processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A </s> $B:1 </s>:1", special_tokens=special)
 

@@ -12,7 +12,7 @@ from datasets import Dataset, Features
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
-from lightning_sea.data.embedded import CORPUS
+from .embedded import CORPUS
 
 SPLITS = ("train", "validation", "test")
 _SPLIT_WORDS = {"dev": "validation", "valid": "validation", "val": "validation"}
@@ -43,7 +43,7 @@ def _decode(path: Path, number: int, line: bytes) -> str:
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of a .csv, .jsonl, .jsonl.gz or .parquet file as (where, columns); `where` names file and line for errors.
+    """Rows of a .csv, .jsonl, .jsonl.gz or .parquet file as (where, columns); ``where`` names file and line for errors.
 
     Raises ValueError at a line that is no row of that format.
     """
@@ -173,9 +173,9 @@ def build_dataset(
     features: Features,
     cache_dir: str | None,
 ) -> Dataset:
-    """The rows that `rows(files=…, **arguments)` yields, as a dataset in the cache, read anew when a file changes.
+    """The rows that ``rows(files=…, **arguments)`` yields, as a dataset in the cache, read anew when a file changes.
 
-    Raises ValueError, as `rows` does, and if there is no row at all.
+    Raises ValueError, as ``rows`` does, and if there is no row at all.
     """
     stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     try:

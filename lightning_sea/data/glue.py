@@ -8,12 +8,12 @@ from datasets.fingerprint import Hasher
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.utils.data import DataLoader
 
-from lightning_sea.data.files import build_dataset, find_files
-from lightning_sea.data.glue_rows import UNLABELLED, glue_rows
-from lightning_sea.data.glue_tasks import GLUETask, get_task
-from lightning_sea.data.loading import PadCollator, TrainSampler, evaluation_loader, train_loader
-from lightning_sea.data.module import SplitDataModule
-from lightning_sea.data.tokenizers import load_tokenizer, require_token, tokenizer_fingerprint
+from .files import build_dataset, find_files
+from .glue_rows import UNLABELLED, glue_rows
+from .glue_tasks import GLUETask, get_task
+from .loading import PadCollator, TrainSampler, evaluation_loader, train_loader
+from .module import SplitDataModule
+from .tokenizers import load_tokenizer, require_token, tokenizer_fingerprint
 
 SUFFIXES = (".tsv", ".csv", ".jsonl", ".jsonl.gz", ".parquet")
 
@@ -21,11 +21,11 @@ SUFFIXES = (".tsv", ".csv", ".jsonl", ".jsonl.gz", ".parquet")
 class GLUEDataModule(SplitDataModule):
     """Sentences, or pairs of them, with labels.
 
-    Batches are dictionaries: `input_ids`, `attention_mask` (and `token_type_ids` if the tokenizer gives them) int64
-    [N, T], padded to the longest row on the tokenizer's side; `labels` int64 [N] (float32 for regression; absent in
-    `predict`); `idx` int64 [N], the row's number in its split.
+    Batches are dictionaries: ``input_ids``, ``attention_mask`` (and ``token_type_ids`` if the tokenizer gives them)
+    int64 [N, T], padded to the longest row on the tokenizer's side; ``labels`` int64 [N] (float32 for regression;
+    absent in ``predict``); ``idx`` int64 [N], the row's number in its split.
 
-    Attributes for the model: `task`, `num_labels`, `tokenizer`, `pad_token_id`, `max_length`.
+    Attributes for the model: ``task``, ``num_labels``, ``tokenizer``, ``pad_token_id``, ``max_length``.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class GLUEDataModule(SplitDataModule):
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
-        """Find the files and load the tokenizer; the rows follow in `setup`.
+        """Find the files and load the tokenizer; the rows follow in ``setup``.
 
         Args:
             task: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, or topics (the embedded summaries' topics).
@@ -51,11 +51,11 @@ class GLUEDataModule(SplitDataModule):
                 columns are the hub's; one such file, to evaluate only; a mapping from splits to files; or "embedded".
             max_length: longest row in tokens; longer ones are cut, and how many is reported.
             batch_size: training rows per process and step.
-            eval_batch_size: rows per process and step in evaluation; `batch_size` if not given.
+            eval_batch_size: rows per process and step in evaluation; ``batch_size`` if not given.
             num_workers: loader processes.
             num_proc: tokenising processes; without it one, in which fast tokenizers use all cores.
             seed: of the order of the training rows.
-            cache_dir: where `datasets` keeps its cache, if not in its default place.
+            cache_dir: where ``datasets`` keeps its cache, if not in its default place.
 
         Raises:
             ValueError: for an unknown task, an unusable source, or a tokenizer without a pad token.
@@ -100,7 +100,7 @@ class GLUEDataModule(SplitDataModule):
         def encode(rows: dict[str, list]) -> dict[str, list]:
             return self.tokenizer(*(rows[column] for column in columns), truncation=True, max_length=self.max_length)
 
-        # Fast tokenizers change when called, so the fingerprint is made here, not from `encode`.
+        # Fast tokenizers change when called, so the fingerprint is made here, not from ``encode``.
         fingerprint = Hasher.hash((dataset._fingerprint, self._tokenizer_fingerprint, columns, self.max_length))
         encoded = dataset.map(
             encode,
@@ -167,7 +167,7 @@ class GLUEDataModule(SplitDataModule):
         if UNLABELLED in labels.to_pylist():
             raise ValueError(
                 f"source {self.source!r}: split {split!r} of {self.task.name} has rows without a label; "
-                f"only `predict` can use it"
+                f"only ``predict`` can use it"
             )
 
     def _check_lengths(self, split: str) -> None:

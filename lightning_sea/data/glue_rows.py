@@ -5,17 +5,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lightning_sea.data.files import read_lines, read_rows, text_value
-from lightning_sea.data.glue_tasks import GLUETask, get_task
+from .files import read_lines, read_rows, text_value
+from .glue_tasks import GLUETask, get_task
 
 UNLABELLED = -1
 
 
 def glue_rows(files: tuple[str, ...], task_name: str, needs_label: bool) -> Iterator[dict[str, Any]]:
-    """Rows with the task's hub columns, `label` (an index, or a number for regression; -1 if there is none) and `idx`.
+    """Rows with the task's hub columns, ``label`` and ``idx``.
 
-    `idx` is the file's own index where it has one (`index` in the official layout, `idx` in other files), else the
-    number of the row. Raises ValueError, naming file, line and column, at a row that does not fit the task.
+    ``label`` is an index, a number for regression, or -1 if there is none.
+    ``idx`` is the file's own index where it has one (``index`` in the official layout, ``idx`` in other files), else
+    the number of the row. Raises ValueError, naming file, line and column, at a row that does not fit the task.
     """
     task = get_task(task_name)
     number = 0
@@ -55,7 +56,7 @@ def tsv_rows(path: Path, task: GLUETask) -> Iterator[tuple[str, dict[str, str]]]
 
 
 def _label(task: GLUETask, row: dict[str, Any], column: str, needed: bool, where: str) -> int | float | None:
-    """The row's label, `UNLABELLED`, or None if rows with this label are left out."""
+    """The row's label, ``UNLABELLED``, or None if rows with this label are left out."""
     if row.get(column) is None:
         if needed:
             raise ValueError(f"{where}: no column {column!r}; found {', '.join(map(repr, row))}")

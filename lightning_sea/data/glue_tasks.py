@@ -1,7 +1,8 @@
 """The table of the classification tasks: the nine of GLUE and the embedded topics.
 
 Everything that differs between the tasks stands here once. The data module reads the columns, the labels and the file
-names; the training module reads `num_labels`, `metrics` and `monitor`; writing a submission reads `submission_files`.
+names; the training module reads ``num_labels``, ``metrics`` and ``monitor``; writing a submission reads
+``submission_files``.
 """
 
 from dataclasses import dataclass
@@ -25,9 +26,9 @@ TOPICS = (
 class GLUETask:
     """What one task consists of.
 
-    name: key in `TASKS`, and the name of its configuration on the hub.
+    name: key in ``TASKS``, and the name of its configuration on the hub.
     columns: one or two text columns, as named on the hub and in CSV, JSONL and Parquet files.
-    labels: names in the order of their index; empty for regression (STS-B), whose label is a number of `label_range`.
+    labels: names in the order of their index; empty for regression (STS-B), whose label is a number of ``label_range``.
     metrics: names of its official metrics: "accuracy", "f1" (of class 1), "matthews", "pearson", "spearman".
     monitor: the logged key that chooses the best checkpoint.
     folder: its folder in the official download.
@@ -36,8 +37,8 @@ class GLUETask:
     skip_short_rows: the official files have lines cut in the middle, which every user of them leaves out (QQP).
     label_column: the label column on the hub and in CSV, JSONL and Parquet files.
     ignored_labels: rows with such a label are left out.
-    validation_splits, test_splits, predict_splits: what `validate`, `test` and `predict` go through. GLUE's own test
-        labels are not public, so `test` uses its validation splits.
+    validation_splits, test_splits, predict_splits: what ``validate``, ``test`` and ``predict`` go through. GLUE's own
+        test labels are not public, so ``test`` uses its validation splits.
     submission_files: one official file name per predict split.
     submission_names: whether a submission holds label names (else indices).
     """

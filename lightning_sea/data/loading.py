@@ -1,6 +1,6 @@
 """Samplers, collation and the training loader that the data modules share.
 
-The samplers derive from `DistributedSampler` so that Lightning leaves them in place under every strategy.
+The samplers derive from ``DistributedSampler`` so that Lightning leaves them in place under every strategy.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
 class ShardSampler(DistributedSampler):
-    """Every row exactly once, for evaluation: process `rank` of W takes rows rank, rank + W, …
+    """Every row exactly once, for evaluation: process ``rank`` of W takes rows rank, rank + W, …
 
     Processes may get one row more or less than others, so nothing may communicate per batch; metrics are combined once,
     at the end of the epoch.
@@ -33,7 +33,7 @@ class TrainSampler(DistributedSampler):
     """Rows in an order drawn from the seed and the epoch, the same number for each process.
 
     The W processes' batches of one step together hold the rows that one process with W times the batch would get.
-    Rows left over at the end of an epoch are dropped. `first_row` rows are left out when training resumes within an
+    Rows left over at the end of an epoch are dropped. ``first_row`` rows are left out when training resumes within an
     epoch.
     """
 
@@ -46,7 +46,7 @@ class TrainSampler(DistributedSampler):
 
 
 class WindowSampler(TrainSampler):
-    """Starts of windows of `seq_len` tokens that tile a text of `num_tokens` from an offset drawn per epoch."""
+    """Starts of windows of ``seq_len`` tokens that tile a text of ``num_tokens`` from an offset drawn per epoch."""
 
     def __init__(self, num_tokens: int, seq_len: int, num_replicas: int = 1, rank: int = 0, seed: int = 0) -> None:
         # As many windows as fit behind the largest offset, so that every epoch has the same number.
@@ -63,7 +63,7 @@ class WindowSampler(TrainSampler):
 class ResumableLoader(DataLoader):
     """A training loader whose position is saved in checkpoints, so that a run resumes with the batch it had reached.
 
-    Needs a `TrainSampler`. Lightning finds `state_dict` and `load_state_dict` by itself.
+    Needs a ``TrainSampler``. Lightning finds ``state_dict`` and ``load_state_dict`` by itself.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -94,9 +94,9 @@ class ResumableLoader(DataLoader):
 class PadCollator:
     """Rows of token lists to one batch, padded to the longest row on one side.
 
-    A row holds lists (`input_ids`, optional `attention_mask`, `token_type_ids`, per-token `labels`) or numbers (class
-    `labels`, `idx`). Gives int64 tensors [N, T] (float32 [N] for fractional labels) and always an `attention_mask`,
-    which is 1 in one contiguous run per row.
+    A row holds lists (``input_ids``, optional ``attention_mask``, ``token_type_ids``, per-token ``labels``) or numbers
+    (class ``labels``, ``idx``). Gives int64 tensors [N, T] (float32 [N] for fractional labels) and always an
+    ``attention_mask``, which is 1 in one contiguous run per row.
     """
 
     def __init__(self, pad_token_id: int, padding_side: str = "right", pad_token_type_id: int = 0) -> None:
@@ -144,7 +144,7 @@ def train_loader(
 def evaluation_loader(
     dataset: Dataset, world: tuple[int, int], collate: PadCollator, batch_size: int, num_workers: int
 ) -> DataLoader:
-    """The loader of a split where each row counts exactly once; `world` is (number of processes, rank).
+    """The loader of a split where each row counts exactly once; ``world`` is (number of processes, rank).
 
     Raises ValueError if there are fewer rows than processes: a process without a batch would leave the others waiting.
     """

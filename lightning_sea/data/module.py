@@ -8,15 +8,15 @@ from lightning import LightningDataModule
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from lightning_sea.data.loading import PadCollator, evaluation_loader
+from .loading import PadCollator, evaluation_loader
 
 
 class SplitDataModule(LightningDataModule):
     """A data module whose splits are loaded once, when a stage first needs them.
 
-    Subclasses set `collate`, `stage_splits` (stage -> splits; "fit" has "train" first) and `files` (split -> files, or
-    None for a hub dataset), and implement `load_split`, which reads from the cache of `datasets` after its first call:
-    rank 0 fills it in `prepare_data`, all processes read it in `setup`.
+    Subclasses set ``collate``, ``stage_splits`` (stage -> splits; "fit" has "train" first) and ``files`` (split ->
+    files, or None for a hub dataset), and implement ``load_split``, which reads from the cache of ``datasets`` after
+    its first call: rank 0 fills it in ``prepare_data``, all processes read it in ``setup``.
     """
 
     stage_splits: dict[str, tuple[str, ...]]
@@ -93,7 +93,7 @@ class SplitDataModule(LightningDataModule):
         return self.evaluation_loaders("validate")
 
     def test_dataloader(self) -> list[DataLoader]:
-        """One loader per split that `test` measures."""
+        """One loader per split that ``test`` measures."""
         return self.evaluation_loaders("test")
 
     def evaluation_loaders(self, stage: str) -> list[DataLoader]:

@@ -9,10 +9,10 @@ from datasets.fingerprint import Hasher
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from lightning_sea.data.files import build_dataset, find_files, read_lines, read_rows, text_value
-from lightning_sea.data.loading import PadCollator, WindowSampler, train_loader
-from lightning_sea.data.module import SplitDataModule
-from lightning_sea.data.tokenizers import load_tokenizer, require_token, tokenizer_fingerprint
+from .files import build_dataset, find_files, read_lines, read_rows, text_value
+from .loading import PadCollator, WindowSampler, train_loader
+from .module import SplitDataModule
+from .tokenizers import load_tokenizer, require_token, tokenizer_fingerprint
 
 SUFFIXES = (".txt", ".tokens", ".jsonl", ".jsonl.gz", ".csv", ".parquet")
 
@@ -54,9 +54,9 @@ def _joined(lines: list[str]) -> Iterator[str]:
 
 
 class EvaluationWindows(TorchDataset):
-    """Windows of `seq_len` tokens, each `stride` tokens after the one before; the last may be shorter.
+    """Windows of ``seq_len`` tokens, each ``stride`` tokens after the one before; the last may be shorter.
 
-    Labels of tokens that the window before holds too are -100. Rows: `input_ids` and `labels`, int64 [T].
+    Labels of tokens that the window before holds too are -100. Rows: ``input_ids`` and ``labels``, int64 [T].
     """
 
     def __init__(self, tokens: numpy.ndarray, seq_len: int, stride: int) -> None:
@@ -77,7 +77,7 @@ class EvaluationWindows(TorchDataset):
 
 
 class TrainingWindows(TorchDataset):
-    """Windows of `seq_len` tokens, indexed by the position of their first token (see `WindowSampler`)."""
+    """Windows of ``seq_len`` tokens, indexed by the position of their first token (see ``WindowSampler``)."""
 
     def __init__(self, tokens: numpy.ndarray, seq_len: int) -> None:
         self.tokens = tokens
@@ -91,16 +91,16 @@ class TrainingWindows(TorchDataset):
 class TextDataModule(SplitDataModule):
     """Documents, each followed by the end-of-text token, as one stream of tokens that is cut into blocks.
 
-    Training takes windows of `seq_len` tokens that tile the stream from an offset drawn anew for every epoch.
-    Evaluation takes fixed windows from its start. Without `stride` they do not overlap: the first token of a block is
-    only context. With `stride` s < seq_len each window begins s tokens after the one before, and its labels are -100
+    Training takes windows of ``seq_len`` tokens that tile the stream from an offset drawn anew for every epoch.
+    Evaluation takes fixed windows from its start. Without ``stride`` they do not overlap: the first token of a block is
+    only context. With ``stride`` s < seq_len each window begins s tokens after the one before, and its labels are -100
     where an earlier window has counted the token: every token but the stream's first counts exactly once, with at least
     seq_len - s tokens of context. The last window may be shorter and is padded.
 
-    Batches are dictionaries of int64 [N, T]: `input_ids`, `attention_mask`, `labels`. `labels[t]` is the token at t or
-    -100; the model shifts them, so position 0 never counts.
+    Batches are dictionaries of int64 [N, T]: ``input_ids``, ``attention_mask``, ``labels``. ``labels[t]`` is the token
+    at t or -100; the model shifts them, so position 0 never counts.
 
-    Attributes for the model: `tokenizer`, `pad_token_id`, `seq_len`.
+    Attributes for the model: ``tokenizer``, ``pad_token_id``, ``seq_len``.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class TextDataModule(SplitDataModule):
         seed: int = 0,
         cache_dir: str | None = None,
     ) -> None:
-        """Find the files and load the tokenizer; the text follows in `setup`.
+        """Find the files and load the tokenizer; the text follows in ``setup``.
 
         Args:
             tokenizer: name or folder of the model whose tokenizer is used; "embedded:lm" for the embedded one.
@@ -128,7 +128,7 @@ class TextDataModule(SplitDataModule):
                 .jsonl, .jsonl.gz, .csv or .parquet (one document per row).
             seq_len: tokens per window; at most the model's positions.
             batch_size: training windows per process and step.
-            eval_batch_size: windows per process and step in evaluation; `batch_size` if not given.
+            eval_batch_size: windows per process and step in evaluation; ``batch_size`` if not given.
             stride: tokens from one evaluation window to the next, 1 to seq_len - 1; without it windows do not overlap.
             subset: configuration of a hub dataset, such as wikitext-2-raw-v1.
             text_column: column of a hub dataset or of rows that holds the text.
@@ -136,7 +136,7 @@ class TextDataModule(SplitDataModule):
             num_workers: loader processes.
             num_proc: tokenising processes; without it one, in which fast tokenizers use all cores.
             seed: of the offsets and the order of the training windows.
-            cache_dir: where `datasets` keeps its cache, if not in its default place.
+            cache_dir: where ``datasets`` keeps its cache, if not in its default place.
 
         Raises:
             ValueError: for an unusable source, a tokenizer without an end-of-text token, or a stride out of range.
@@ -168,14 +168,14 @@ class TextDataModule(SplitDataModule):
         self._tokenizer_fingerprint = tokenizer_fingerprint(self.tokenizer)
 
     def load_split(self, split: str) -> Dataset:
-        """The documents of one split as rows of `input_ids`, from the cache if it has them."""
+        """The documents of one split as rows of ``input_ids``, from the cache if it has them."""
         documents = self._read_hub(split) if self.files is None else self._read_files(split)
 
         def encode(rows: dict[str, list[str]]) -> dict[str, list[list[int]]]:
             encoded = self.tokenizer(rows["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
             return {"input_ids": [[*ids, self.eos_token_id] for ids in encoded["input_ids"]]}
 
-        # Fast tokenizers change when called, so the fingerprint is made here, not from `encode`.
+        # Fast tokenizers change when called, so the fingerprint is made here, not from ``encode``.
         fingerprint = Hasher.hash((documents._fingerprint, self._tokenizer_fingerprint, self.eos_token_id))
         return documents.map(
             encode,

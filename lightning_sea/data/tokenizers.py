@@ -3,7 +3,7 @@
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
-from lightning_sea.data.embedded import resolve_model
+from .embedded import resolve_model
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -24,7 +24,8 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
 def require_token(tokenizer: PreTrainedTokenizerBase, which: str, name: str, reason: str) -> int:
     """The id of a special token ("pad", "eos").
 
-    Raises ValueError if the tokenizer has none; `name` and `reason` say in the message whose it is and what it is for.
+    Raises ValueError if the tokenizer has none; ``name`` and ``reason`` say in the message whose it is and what it is
+    for.
     """
     token_id = getattr(tokenizer, f"{which}_token_id")
     if token_id is None:
@@ -45,7 +46,7 @@ def max_positions(config: PretrainedConfig) -> int | None:
 
 
 def check_positions(length: int, config: PretrainedConfig, argument: str) -> None:
-    """Raise ValueError if sequences of `length` tokens (the data's `argument`) do not fit the model's positions."""
+    """Raise ValueError if sequences of ``length`` tokens (the data's ``argument``) do not fit the model's positions."""
     positions = max_positions(config)
     if positions is not None and length > positions:
         raise ValueError(f"{argument} is {length}, but the model ({config.model_type}) has only {positions} positions")

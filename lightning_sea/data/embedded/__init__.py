@@ -1,7 +1,7 @@
 """Text and small models that come with the package, so that everything can be tried without a network.
 
-`corpus/` holds an excerpt of Wikipedia lead summaries in three splits (source and licence: ATTRIBUTION.md there); `lm/`
-and `classifier/` hold small dense models that share a vocabulary.
+``corpus/`` holds an excerpt of Wikipedia lead summaries in three splits (source and licence: ATTRIBUTION.md there);
+``lm/`` and ``classifier/`` hold small dense models that share a vocabulary.
 """
 
 from pathlib import Path
