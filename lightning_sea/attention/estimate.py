@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from sea_kernels.bins import bin_sizes
 from sea_kernels.masks import BinMask, RunMask
 
 
@@ -19,6 +21,7 @@ class Estimate:
             average context.
         layout: how the K columns stretch to keys.
         shift: edge jitter of this batch, in 1/256 of a key.
+        length: int64 ``[N, T]``, keys that each row may see.
     """
 
     scores: Tensor
@@ -27,7 +30,29 @@ class Estimate:
     mix_scale: Tensor | None
     layout: str
     shift: int
+    length: Tensor
 
     def probabilities(self) -> Tensor:
-        """The estimated compressed attention, softmax of the scores over K: float32 ``[N, H, T, K]``."""
-        return self.scores.float().softmax(-1)
+        """The estimated compressed attention over K: float32 ``[N, H, T, K]``, see ``log_probabilities``."""
+        return log_probabilities(self.scores, self.length, self.layout).exp()
+
+
+def log_probabilities(scores: Tensor, length: Tensor, layout: str) -> Tensor:
+    """Scores normalised over each row's bins, which makes rows and heads comparable (SEA, section 3.2).
+
+    Relative bins are normalised as in the paper, by a softmax over all K. Aligned bins count by their keys: a row's
+    last bin may be incomplete, and bins beyond it hold nothing.
+
+    Args:
+        scores: ``[N, H, T, K]``.
+        length: int64 ``[N, T]``, keys that each row may see.
+        layout: "relative" or "aligned".
+
+    Returns:
+        float32 ``[N, H, T, K]``; -inf at bins without a key (aligned). Padding rows are not meaningful.
+    """
+    scores = scores.float()
+    if layout == "relative":
+        return scores.log_softmax(-1)
+    size = bin_sizes(length.clamp_min(1), scores.shape[-1], layout)[:, None].float()
+    return torch.where(size > 0, scores + size.log(), -torch.inf).log_softmax(-1)

@@ -14,7 +14,7 @@ from ..config import SEAConfig
 from .average import estimated_mean, running_mean
 from .decoder import BidirectionalDecoder, CausalDecoder
 from .encoder import Encoder
-from .estimate import Estimate
+from .estimate import Estimate, log_probabilities
 from .features import RandomFeatures
 from .gates import EncodedGates, QueryGates
 from .positions import SinusoidPositions, stretched_identity
@@ -132,6 +132,7 @@ class SEAAttention(nn.Module):
             mix_scale=gates[1] if len(gates) > 1 else None,
             layout=self.config.bins,
             shift=shift,
+            length=spans.length,
         )
 
     def redraw_projection(self, generator: torch.Generator | None = None) -> None:
@@ -227,6 +228,8 @@ class SEAAttention(nn.Module):
     ) -> BinMask | RunMask:
         config = self.config
         looks_twice = config.second_look_keys > 0
+        if config.grouping != "query":  # rows alone rank the same without
+            scores = log_probabilities(scores, spans.length, config.bins)
         mask = ops.select_bins(
             scores,
             k=config.second_look_keys if looks_twice else config.k,

@@ -1,0 +1,202 @@
+"""The estimator's parts: against the authors' numbers, hand-computed cases and invariants."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+from lightning_sea.attention import SEAAttention
+from lightning_sea.attention.average import estimated_mean, running_mean
+from lightning_sea.attention.decoder import BidirectionalDecoder, CausalDecoder
+from lightning_sea.attention.encoder import Encoder
+from lightning_sea.attention.features import RandomFeatures, num_features, orthogonal_projection
+from lightning_sea.attention.gates import EncodedGates
+from lightning_sea.attention.positions import SinusoidPositions, stretched_identity
+from lightning_sea.config import SEAConfig
+from sea_kernels.masks import BinMask, pack_bits
+from sea_kernels.spans import row_spans
+
+GOLDEN = ("causal_T20", "bidir_head")
+
+
+@pytest.fixture(params=GOLDEN)
+def golden(request):
+    tensors = load_file(f"tests/golden/{request.param}.safetensors")
+    tensors["causal"] = request.param.startswith("causal")
+    tensors["scaling"] = 1.0 if tensors["causal"] else tensors["q"].shape[-1] ** -0.5
+    tensors["valid"] = None if tensors["causal"] else tensors["mask"][:, 0, 0].bool()
+    return tensors
+
+
+def spans_of(golden):
+    batch, _, rows, _ = golden["q"].shape
+    return row_spans(batch, rows, rows, causal=golden["causal"], attention_mask=golden["valid"])
+
+
+def test_encoder_and_gates_match_the_authors(golden):
+    head_dim = golden["q"].shape[-1]
+    encoder, gates = Encoder(head_dim), EncodedGates(head_dim, 2, 3.0)
+    encoder.linear.load_state_dict(_weights(golden, "attention_predictor_enc.0"))
+    encoder.norm.load_state_dict(_weights(golden, "attention_predictor_enc.1"))
+    gates.linear.load_state_dict(_weights(golden, "attention_predictor_dec_scaler.0"))
+    encoded = encoder(golden["performer_context_layer"], golden["v"])
+    real = spans_of(golden).length > 0
+    rows = real[:, None].expand(-1, encoded.shape[1], -1)
+    torch.testing.assert_close(encoded[rows], golden["t_attention_predictor"][rows], atol=1e-5, rtol=1e-5)
+    expected = golden["estimated_scales"].sigmoid().movedim(-1, 0)
+    torch.testing.assert_close(gates(encoded)[:, rows], expected[:, rows], atol=1e-5, rtol=1e-5)
+
+
+def _weights(golden, name):
+    return {key: golden[f"w.{name}.{key}"] for key in ("weight", "bias")}
+
+
+def test_average_context_matches_the_authors(golden):
+    value, expected = golden["v"], golden["average_context_layer"]
+    spans = spans_of(golden)
+    if golden["causal"]:
+        torch.testing.assert_close(running_mean(value, spans, value.shape[1]), expected, atol=1e-5, rtol=1e-5)
+        return
+    # the authors' weights are not normalised: ours are theirs divided by their sum
+    ours = estimated_mean(value, golden["estimated_attention_probs"], spans, "relative", 0)
+    ones = torch.ones_like(value)
+    direction = F.cosine_similarity(ours, expected, dim=-1)
+    torch.testing.assert_close(direction, torch.ones_like(direction), atol=1e-5, rtol=0)
+    constant = estimated_mean(ones, golden["estimated_attention_probs"], spans, "relative", 0)
+    torch.testing.assert_close(constant, torch.ones_like(constant), atol=1e-5, rtol=0)
+
+
+def test_the_whole_output_matches_the_authors_given_their_estimate(golden):
+    """Sparse attention, average, mix (bidirectional: the selection too) in our forward, from their scores and gates."""
+    head_dim, num_heads = golden["q"].shape[-1], golden["q"].shape[1]
+    grouping, k = ("causal_batch", 4) if golden["causal"] else ("head", 7)
+    config = SEAConfig.paper_opt(k=k, predictor_length=32, grouping=grouping)
+    layer = SEAAttention(
+        config, num_heads=num_heads, num_kv_heads=num_heads, head_dim=head_dim, causal=golden["causal"]
+    ).eval()
+    layer._scores = lambda *_: golden["estimated_attention_score"]
+    layer.gates.forward = lambda _: golden["estimated_scales"].sigmoid().movedim(-1, 0)
+    if golden["causal"]:  # four neighbouring bins tie there, and ties are broken in another order
+        bits = pack_bits(golden["partial_attention_mask_before_interp"] > -1)
+        layer._select = lambda *_, **__: BinMask(bits, 32, "relative")
+    else:  # ours normalises the average's weights on purpose
+        layer._average_context = lambda *_: golden["average_context_layer"]
+    context, _ = layer(golden["q"], golden["k"], golden["v"], scaling=golden["scaling"], attention_mask=golden["valid"])
+    real = spans_of(golden).length > 0
+    torch.testing.assert_close(context.flatten(2)[real], golden["context"][real], atol=1e-5, rtol=1e-5)
+
+
+def test_stretched_identity_matches_the_authors():
+    golden = load_file("tests/golden/bidir_head.safetensors")
+    valid = golden["mask"][:, 0, 0].bool()
+    spans = row_spans(*valid.shape[:1], 50, 50, causal=False, attention_mask=valid)
+    ours = stretched_identity(50, 16, spans, valid.sum(-1))
+    theirs = golden["v_for_atten"][:, 0, :, :16]
+    torch.testing.assert_close(ours[valid], theirs[valid], atol=1e-5, rtol=1e-5)
+
+
+def test_stretched_identity_by_hand():
+    spans = row_spans(1, 5, 5, causal=False, attention_mask=torch.tensor([[0, 1, 1, 1, 1]]))
+    expected = torch.tensor([[0, 0, 0], [1, 0, 0], [1 / 3, 2 / 3, 0], [0, 2 / 3, 1 / 3], [0, 0, 1]])
+    torch.testing.assert_close(stretched_identity(5, 3, spans, torch.tensor([4]))[0], expected)
+
+
+def test_sinusoid_positions_do_not_end_and_do_not_depend_on_padding():
+    positions = SinusoidPositions(16, 1e4)
+    far = positions(100_000, torch.tensor([0]))[0]
+    assert far[-1000:].std() > 0.5
+    shifted = positions(50, torch.tensor([7]))[0]
+    torch.testing.assert_close(shifted[7:], far[:43])
+
+
+def test_projection_rows_are_orthogonal_with_gaussian_norms():
+    projection = orthogonal_projection(20, 8, torch.Generator().manual_seed(0))
+    gram = projection[:8] @ projection[:8].T
+    torch.testing.assert_close(gram, torch.diag(gram.diagonal()), atol=1e-4, rtol=0)
+    many = orthogonal_projection(4096, 8, torch.Generator().manual_seed(0))
+    assert many.square().sum(1).mean() == pytest.approx(8, rel=0.05)
+    assert num_features(64, 1.0) == 266
+
+
+def test_redrawing_is_seeded_and_keeps_the_buffer():
+    features = RandomFeatures(8, 1.0)
+    before, place = features.projection.clone(), features.projection.data_ptr()
+    features.redraw(torch.Generator().manual_seed(5))
+    first = features.projection.clone()
+    features.redraw(torch.Generator().manual_seed(5))
+    assert not torch.equal(first, before)
+    assert torch.equal(features.projection, first)
+    assert features.projection.data_ptr() == place
+    assert "projection" in features.state_dict()
+
+
+def test_nearest_upsampling_commutes_with_the_last_convolution():
+    """The paper upsamples, then mixes channels; ours mixes at a quarter of the width."""
+    torch.manual_seed(0)
+    decoder = CausalDecoder(2, 8, 32, subpixel=False, pooled=False)
+    kept = {}
+    decoder.mix.register_forward_hook(lambda _, inputs, __: kept.update(image=inputs[0]))
+    scores = decoder(torch.randn(1, 2, 9, 16), None, torch.ones(1, 9).bool(), torch.zeros(1).long())
+    upsampled = F.interpolate(kept["image"], scale_factor=(1.0, 4.0), mode="nearest")
+    torch.testing.assert_close(scores, decoder.out_norm(decoder.mix(upsampled)))
+
+
+def test_subpixel_decoder_gives_every_bin_its_own_score():
+    torch.manual_seed(0)
+    arguments = (torch.randn(1, 2, 9, 16), None, torch.ones(1, 9).bool(), torch.zeros(1).long())
+    nearest = CausalDecoder(2, 8, 32, subpixel=False, pooled=False)(*arguments)
+    subpixel = CausalDecoder(2, 8, 32, subpixel=True, pooled=False)(*arguments)
+    assert nearest.unflatten(-1, (-1, 4)).std(-1).max() < 1e-6
+    assert subpixel.unflatten(-1, (-1, 4)).std(-1).min() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [CausalDecoder, BidirectionalDecoder])
+def test_pooled_decoders_start_as_no_correction(kind):
+    options = {"subpixel": True} if kind is CausalDecoder else {}
+    decoder = kind(2, 8, 32, pooled=True, **options)
+    pooled = torch.randn(1, 2, 9, 32)
+    scores = decoder(torch.randn(1, 2, 9, 16), pooled, torch.ones(1, 9).bool(), torch.zeros(1).long())
+    assert scores.shape == (1, 2, 9, 32)
+    assert not scores.any()
+
+
+@pytest.mark.parametrize("decoder", ["none", "conv"])
+@pytest.mark.parametrize("pooling", ["none", "mean", "mean_bound"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_parameter_is_used(decoder, pooling, causal):
+    """DDP runs without a search for unused parameters."""
+    if decoder == pooling == "none":
+        return
+    config = SEAConfig(k=4, predictor_length=32, decoder=decoder, pooling=pooling)
+    layer = SEAAttention(config, num_heads=4, num_kv_heads=2, head_dim=8, causal=causal)
+    query, key, value = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
+    context, estimate = layer(query, key, value, scaling=0.3)
+    (context.square().sum() + estimate.scores.square().sum()).backward()
+    unused = [name for name, parameter in layer.named_parameters() if parameter.grad is None]
+    assert not unused
+
+
+def test_jitter_moves_edges_in_training_only():
+    config = SEAConfig.paper_opt(k=4, predictor_length=32, jitter_probability=1.0)
+    layer = SEAAttention(config, num_heads=2, num_kv_heads=2, head_dim=8, causal=True)
+    torch.manual_seed(0)
+    shifts = {layer._draw_shift() for _ in range(50)}
+    assert len(shifts) > 30
+    assert max(map(abs, shifts)) <= 192
+    layer.eval()
+    assert layer._draw_shift() == 0
+
+
+@pytest.mark.parametrize("stride", [2, 8])
+def test_rows_of_a_stride_share_the_first_rows_bins(stride):
+    config = SEAConfig(k=8, predictor_length=32, query_stride=stride)
+    layer = SEAAttention(config, num_heads=2, num_kv_heads=2, head_dim=8, causal=True)
+    tensors = [torch.randn(1, 2, 64, 8) for _ in range(3)]
+    shared = layer.estimate(*tensors, scaling=0.3).mask
+    layer.config = config.replace(query_stride=1)
+    alone = layer.estimate(*tensors, scaling=0.3).mask
+    assert isinstance(shared, BinMask)
+    leader = torch.arange(64) // stride * stride
+    assert torch.equal(shared.bits & alone.bits[:, :, leader], alone.bits[:, :, leader])
+    extra = (shared.bits ^ alone.bits[:, :, leader]).unique().tolist()
+    assert all(bin(word & 0xFFFFFFFF).count("1") <= 1 for word in extra)  # at most the row's own bin
