@@ -25,10 +25,19 @@ def versions() -> dict[str, str]:
 
 
 def device_name() -> str:
-    """The GPUs' names, or the processor and the threads that PyTorch uses."""
+    """The GPUs' names, or the processor's and the number of threads that PyTorch uses."""
     if torch.cuda.is_available():
         return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
-    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} of {os.cpu_count()} threads"
+    return f"{_processor_name()}, {torch.get_num_threads()} of {os.cpu_count()} threads"
+
+
+def _processor_name() -> str:
+    details = Path("/proc/cpuinfo")  # Linux only; there platform.processor() says no more than the architecture
+    if details.is_file():
+        for line in details.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def commit() -> str:

@@ -25,17 +25,18 @@ class PeakMemory:
         self.rate = rate
         self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        """Forget earlier peaks and start to watch."""
+    def start(self) -> float:
+        """Forget earlier peaks and start to watch; returns the memory in use now, in MiB."""
         self.stop()
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            return
+            return torch.cuda.memory_allocated(self.device) / MIB
         self._process = psutil.Process()
         self._peak = self._process.memory_info().rss
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="peak-memory", daemon=True)
         self._thread.start()
+        return self._peak / MIB
 
     def read(self) -> float:
         """The peak so far, in MiB."""
