@@ -1,18 +1,26 @@
-"""Train the embedded tokenizer and write the two embedded models' configurations, untrained.
+"""Train the embedded models' tokenizer and write both models with random weights, for the configurations to train.
 
-    python benchmarks/teachers/make_models.py [--train-file outputs/teachers/train.jsonl.gz]
+    python benchmarks/teachers/make_models.py [--train-file FILE] [--out FOLDER]
 
-Both models share the vocabulary: byte-level BPE, so no text is unknown. Only the classifier's tokenizer puts ``<s>``
-and ``</s>`` around sentences.
+Writes FOLDER/untrained/lm and FOLDER/untrained/classifier; README.md here has the next steps. Both models share the
+vocabulary: byte-level BPE, so no text is unknown. Only the classifier's tokenizer puts ``<s>`` and ``</s>`` around
+sentences.
 """
 
 import argparse
 from pathlib import Path
 
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import BertConfig, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+)
 
-from lightning_sea.data.embedded import resolve_model
 from lightning_sea.data.files import read_rows
 from lightning_sea.data.glue_tasks import TOPICS
 
@@ -75,29 +83,32 @@ def lm_config() -> PretrainedConfig:
     )
 
 
-def write_model(tokenizer: Tokenizer, config: PretrainedConfig, folder: Path, input_names: list[str]) -> None:
-    """Write tokenizer and configuration where the package looks for the embedded model."""
+def write_model(tokenizer: Tokenizer, auto_class: type, config: PretrainedConfig, folder: Path) -> None:
+    """Write the tokenizer and the model with random weights."""
+    names = ["input_ids", "attention_mask"] + (["token_type_ids"] if config.model_type == "bert" else [])
     wrapped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=config.max_position_embeddings,
-        model_input_names=input_names,
+        model_input_names=names,
         clean_up_tokenization_spaces=False,
         **SPECIAL_TOKENS,
         **SAME_TOKENS,
     )
     wrapped.save_pretrained(folder)
-    config.save_pretrained(folder)
+    torch.manual_seed(1)
+    auto_class.from_config(config).save_pretrained(folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train-file", type=Path, default=Path("outputs/teachers/train.jsonl.gz"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/teachers"))
     arguments = parser.parse_args()
+    folder = arguments.out / "untrained"
     tokenizer = train_tokenizer(arguments.train_file)
-    write_model(tokenizer, lm_config(), Path(resolve_model("embedded:lm")), ["input_ids", "attention_mask"])
+    write_model(tokenizer, AutoModelForCausalLM, lm_config(), folder / "lm")
     tokenizer.post_processor = sentence_template(tokenizer)
-    names = ["input_ids", "token_type_ids", "attention_mask"]
-    write_model(tokenizer, classifier_config(), Path(resolve_model("embedded:classifier")), names)
+    write_model(tokenizer, AutoModelForSequenceClassification, classifier_config(), folder / "classifier")
 
 
 if __name__ == "__main__":
