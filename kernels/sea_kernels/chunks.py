@@ -17,7 +17,8 @@ def row_chunks(num_rows: int, elements_per_row: int) -> list[slice]:
 
 def run_chunk(function: Callable, *args, recompute: bool):
     """``function(*args)``; with ``recompute``, the backward pass computes its intermediates again, none are stored."""
-    if recompute and torch.is_grad_enabled():
+    differentiated = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
+    if recompute and differentiated and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return function(*args)
 

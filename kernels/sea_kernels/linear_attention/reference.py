@@ -107,7 +107,7 @@ def _project(rows: Tensor, projection: Tensor) -> tuple[Tensor, Tensor]:
 def _normalise(sums: Tensor, shape: torch.Size, real: Tensor) -> Tensor:
     """Weighted mean from ``[N, G, H/G * T, E + 1]`` sums, 0 in padding rows: ``[N, H, T, E]``."""
     sums = sums.reshape(*shape[:3], -1)
-    padding = ~real[:, None, -shape[2] :, None]
+    padding = ~real[:, None, :, None]
     mean = sums[..., :-1] / sums[..., -1:].masked_fill(padding, 1)
     return mean.masked_fill(padding, 0)
 
