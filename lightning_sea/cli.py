@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -28,9 +29,10 @@ class SEACLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         path = checkpoint_path(sys.argv[1:] if args is None else args)
         if path:
-            saved = torch.load(path, weights_only=True, map_location="cpu", mmap=True)["hyper_parameters"]
+            checkpoint = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+            model = {"class_path": checkpoint["module_class"], "init_args": checkpoint["hyper_parameters"]}
             for subparser in self._subcommand_parsers.values():
-                subparser.set_defaults(model={"class_path": saved.pop("class_path"), "init_args": saved})
+                subparser.set_defaults(model=model)
         super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
@@ -42,12 +44,12 @@ def checkpoint_path(args: ArgsType) -> str | None:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--ckpt_path")
     path = finder.parse_known_args(list(args))[0].ckpt_path if isinstance(args, (list, tuple)) else None
-    return path
+    return path if path and Path(path).is_file() else None
 
 
-def main(args: Sequence[str] | None = None) -> SEACLI:
+def main(args: Sequence[str] | None = None, cli_class: type[SEACLI] = SEACLI) -> SEACLI:
     """Run the command line; ``args`` stand in for those of the process."""
-    return SEACLI(
+    return cli_class(
         DistillationModule,
         LightningDataModule,
         subclass_mode_model=True,

@@ -62,7 +62,7 @@ class DistillationConfig:
         Bidirectional divergences are summed over heads there and averaged over them here: hence the factor
         ``num_heads`` (BERT-base has 12).
         """
-        divergence = 0.1 * num_heads
+        divergence = num_heads / 10
         paper = {"est_kl": divergence, "attn_kl": divergence, "hidden": 10.0, "logit": 0.1, "relative": False}
         return cls(**{**paper, **changes})
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from .. import adapt
 from ..config import SEAConfig
 from ..data.embedded import resolve_model
+from ..data.tokenizers import check_positions
 from ..distillation import (
     DistillationConfig,
     estimation_losses,
@@ -30,8 +31,8 @@ Batch = dict[str, Tensor]
 class DistillationModule(LightningModule):
     """Distils SEA into a pretrained model, or trains the plain model in the same way.
 
-    Training has two stages: for ``estimator_steps`` optimiser steps SEA's estimator alone learns the teacher's attention
-    from the teacher's own activations, without a pass through the student; then everything trains.
+    Training has two stages: for ``estimator_steps`` optimiser steps SEA's estimator alone learns the teacher's
+    attention from the teacher's own activations, without a pass through the student; then everything trains.
 
     The teacher is frozen and lives outside the module's parameters and checkpoints; it is loaded when first needed.
 
@@ -156,6 +157,7 @@ class DistillationModule(LightningModule):
                 f"teacher is {name!r}, which has no trained {', '.join(new_weights)}: train it on the task first, with "
                 "attention='dense' and an export_dir, and pass that directory"
             )
+        model.config.pad_token_id = self.student.config.pad_token_id  # a classifying decoder finds its last token by it
         return model.eval().requires_grad_(False)
 
     def _load_plain(self, name: str) -> tuple[PreTrainedModel, list[str]]:
@@ -201,6 +203,14 @@ class DistillationModule(LightningModule):
             tokenizer.save_pretrained(directory)
 
     # Training
+
+    def setup(self, stage: str) -> None:
+        data = self.trainer.datamodule
+        for argument in ("max_length", "seq_len"):
+            if hasattr(data, argument):
+                check_positions(getattr(data, argument), self.student.config, argument)
+        if self.student.config.pad_token_id is None:
+            self.student.config.pad_token_id = getattr(data, "pad_token_id", None)
 
     def on_fit_start(self) -> None:
         self.student.train()  # from_pretrained returns models in evaluation mode, and the trainer leaves modes alone
@@ -298,6 +308,7 @@ class DistillationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["training_seed"] = self._seed
+        checkpoint["module_class"] = f"{type(self).__module__}.{type(self).__qualname__}"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self._seed = checkpoint["training_seed"]

@@ -1,6 +1,6 @@
 """Language modelling: next-token loss and perplexity."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -41,12 +41,12 @@ class CausalLMModule(DistillationModule):
     """
 
     auto_class = AutoModelForCausalLM
-    forward_options = {"use_cache": False}
+    forward_options: ClassVar[dict[str, Any]] = {"use_cache": False}
     input_names = ("input_ids", "attention_mask")
 
     def __init__(self, model: str, **kwargs: Any) -> None:
         super().__init__(model=model, **kwargs)
-        self.perplexity = torch.nn.ModuleDict({"val_metric": Perplexity(), "test_metric": Perplexity()})
+        self.perplexity = torch.nn.ModuleDict({"val": Perplexity(), "test": Perplexity()})
 
     def task_loss(self, logits: Tensor, batch: Batch) -> Tensor:
         losses, counted = token_losses(logits, batch["labels"])
@@ -56,7 +56,7 @@ class CausalLMModule(DistillationModule):
         return batch["attention_mask"].bool() if "attention_mask" in batch else None
 
     def evaluate(self, logits: Tensor, batch: Batch, stage: str, dataloader_idx: int) -> None:
-        metric = self.perplexity[f"{stage}_metric"]
+        metric = self.perplexity[stage]
         metric.update(*token_losses(logits, batch["labels"]))
         self.log(f"{stage}/perplexity", metric, on_step=False, on_epoch=True, prog_bar=True)
 

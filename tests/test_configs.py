@@ -1,0 +1,75 @@
+"""Every shipped configuration is read by the command line's own parser, alone or with the fragments it is made for."""
+
+import functools
+from pathlib import Path
+
+import pytest
+
+from lightning_sea.cli import SEACLI, main
+from lightning_sea.config import SEAConfig
+from lightning_sea.data import get_task
+from lightning_sea.distillation import DistillationConfig
+from lightning_sea.tasks import OptimizerConfig
+
+ROOT = Path(__file__).parent.parent / "configs"
+FRAGMENTS = sorted(ROOT.glob("trainer/*.yaml")) + [ROOT / "glue" / "dense.yaml"]
+COMPLETE = sorted(set(ROOT.glob("**/*.yaml")) - set(FRAGMENTS))
+GROUPS = {"sea": SEAConfig, "distillation": DistillationConfig, "optimizer": OptimizerConfig}
+
+
+@pytest.fixture(scope="module")
+def read():
+    """Reads configuration files, each put behind the one before; builds nothing."""
+
+    class ParsingCLI(SEACLI):
+        def instantiate_classes(self) -> None: ...
+
+        def _run_subcommand(self, subcommand: str) -> None: ...
+
+    parser = main(["fit", "-c", str(COMPLETE[0])], cli_class=ParsingCLI).parser
+
+    @functools.cache
+    def parse(*paths: str):
+        arguments = [argument for path in paths for argument in ("-c", str(ROOT / path))]
+        return parser.parse_args(["fit", *arguments]).fit
+
+    return parse
+
+
+@pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)
+def test_complete_configurations_parse_and_name_allowed_values(read, path):
+    config = read(str(path.relative_to(ROOT)))
+    for name, group in GROUPS.items():
+        values = config.model.init_args[name]
+        if values is not None:
+            group(**values.as_dict())  # raises if a value is not allowed
+    assert config.data.init_args.tokenizer == config.model.init_args.model
+    if path.parent.name == "glue":
+        task = config.data.init_args.task
+        assert path.stem.removeprefix("minilm_") == task == config.model.init_args.task
+        monitor = config.trainer.callbacks[0].init_args.monitor
+        assert monitor in {f"val/{metric}" for metric in get_task(task).metrics}
+
+
+def test_all_nine_tasks_have_a_configuration():
+    names = {path.stem for path in (ROOT / "glue").glob("*.yaml")}
+    assert names >= {"cola", "sst2", "mrpc", "qqp", "stsb", "mnli", "qnli", "rte", "wnli"}
+
+
+@pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.stem)
+def test_fragments_go_behind_a_complete_configuration(read, path):
+    alone = read("glue/mnli.yaml")
+    together = read("glue/mnli.yaml", str(path.relative_to(ROOT)))
+    assert together.as_dict() != alone.as_dict()
+    assert together.model.init_args.task == "mnli"
+    assert together.trainer.logger.init_args.name == "mnli"
+
+
+def test_paper_configurations_are_the_papers_presets(read):
+    def values(path: str, name: str):
+        return GROUPS[name](**read(path).model.init_args[name].as_dict())
+
+    assert values("glue/mnli.yaml", "sea").replace(upsampling="nearest") == SEAConfig.paper_bert()
+    assert values("glue/mnli.yaml", "distillation") == DistillationConfig.paper_glue(num_heads=12)
+    assert values("opt/opt_125m.yaml", "sea") == SEAConfig.paper_opt()
+    assert values("opt/opt_125m.yaml", "distillation") == DistillationConfig.paper_opt()
