@@ -17,10 +17,14 @@ def row_chunks(num_rows: int, elements_per_row: int) -> list[slice]:
 
 def run_chunk(function: Callable, *args, recompute: bool):
     """``function(*args)``; with ``recompute``, the backward pass computes its intermediates again, none are stored."""
-    differentiated = any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
-    if recompute and differentiated and torch.is_grad_enabled():
+    if recompute and torch.is_grad_enabled():
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
     return function(*args)
+
+
+def is_differentiated(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass through one of ``tensors`` can come."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..chunks import run_chunk, without_autocast, working_dtype
+from ..chunks import is_differentiated, run_chunk, without_autocast, working_dtype
 from .state import LinearState
 
 CHUNK = 128  # rows whose products are taken directly; between chunks only the state is carried
@@ -42,10 +42,10 @@ def causal(
     projection = projection.to(dtype) * query.shape[-1] ** -0.25
     real = _real(attention_mask, key)
     cached = key.shape[2] - query.shape[2]
-    recompute = key.shape[2] > CHUNK
     outputs = []
     with without_autocast(query):
         state = _join(initial_state, key, value, projection)
+        recompute = key.shape[2] > CHUNK and is_differentiated(query, key, value, state)
         for keys in _slices(0, cached):
             chunk = key[:, :, keys], value[:, :, keys], real[:, keys]
             state = run_chunk(_read_keys, *chunk, projection, state, recompute=recompute)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..chunks import row_chunks, run_chunk, without_autocast, working_dtype
+from ..chunks import is_differentiated, row_chunks, run_chunk, without_autocast, working_dtype
 from ..masks import BinMask, RunMask, kept_keys
 from ..spans import RowSpans
 
@@ -23,13 +23,14 @@ def sparse_attention(
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
     chunks = row_chunks(num_queries, batch * heads * num_keys)
+    recompute = len(chunks) > 1 and is_differentiated(query, key, value, row_scale)
     outputs = []
     with without_autocast(query):
         for rows in chunks:
             end = num_keys - num_queries + rows.stop if causal else num_keys
             args = query[:, :, rows], key[:, :, :end], value[:, :, :end], mask, spans, rows, scaling
             scale = None if row_scale is None else row_scale[:, :, rows]
-            outputs.append(run_chunk(_attend, *args, scale, recompute=len(chunks) > 1))
+            outputs.append(run_chunk(_attend, *args, scale, recompute=recompute))
         return torch.cat(outputs, 2)
 
 
