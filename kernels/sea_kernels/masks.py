@@ -37,7 +37,8 @@ class RunMask:
         starts: int32 ``[N, H, T, C]``, multiples of ``width``, ascending, -1 where a slot is empty. No run reaches
             into the row's window.
         width: keys per run, a power of two.
-        window: keys before the row's own run that are always kept, a multiple of ``width``.
+        window: keys before the row's own run that are always kept, a multiple of ``width``; 0 with a stride of 1 means
+            no window at all, then the row's own run is one among the others.
         stride: rows that share one estimate; their window starts where the first of them has it.
     """
 
@@ -65,9 +66,7 @@ def pack_bits(keep: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, num_bins: int) -> Tensor:
     """int32 ``[..., K / 32]`` to bool ``[..., K]``."""
     if bits.shape[-1] * 32 != num_bins:
-        raise ValueError(
-            f"bits has {bits.shape[-1]} words of 32 in a row, expected num_bins / 32 = {num_bins / 32}"
-        )
+        raise ValueError(f"bits has {bits.shape[-1]} words of 32 in a row, expected num_bins / 32 = {num_bins / 32}")
     return ((bits[..., None] >> torch.arange(32, device=bits.device, dtype=torch.int32)) & 1).flatten(-2).bool()
 
 

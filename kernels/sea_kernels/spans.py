@@ -73,7 +73,7 @@ def _mask_span(attention_mask: Tensor, batch: int, num_keys: int) -> tuple[Tenso
     mask = attention_mask != 0
     start, real = mask.int().argmax(-1), mask.sum(-1)
     if not mask.is_cuda:  # on a GPU this check would stall the stream; converted models check once per forward
-        place = torch.arange(num_keys)
+        place = torch.arange(num_keys, device=mask.device)
         run = (place >= start[:, None]) & (place < (start + real)[:, None])
         if not torch.equal(run, mask):
             broken = int((run != mask).any(-1).nonzero()[0, 0])
