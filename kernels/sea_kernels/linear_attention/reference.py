@@ -61,12 +61,10 @@ def _causal_chunk(
     query: Tensor, key: Tensor, value: Tensor, real: Tensor, projection: Tensor, state: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Output of one chunk of rows and the state after it. state: ``[N, G, M, E + 1]``."""
-    dtype = state.dtype
-    query_features = _by_group(
-        _relu_features(scaling * query.to(dtype), projection), key.shape[1]
-    )  # [N, G, H/G * C, M]
-    key_features = _relu_features(key.to(dtype), projection).masked_fill(~real[:, None, :, None], 0)  # [N, G, C, M]
-    value = _with_ones(value.to(dtype))
+    grouped = _by_group(scaling * query.to(state.dtype), key.shape[1])
+    query_features = _relu_features(grouped, projection)  # [N, G, H/G * C, M]
+    key_features = _relu_key_features(key.to(state.dtype), projection, real)  # [N, G, C, M]
+    value = _with_ones(value.to(state.dtype))
     weights = (query_features @ key_features.mT).unflatten(2, (-1, query.shape[2])).tril().flatten(2, 3)
     sums = weights @ value + query_features @ state
     sums = torch.cat([sums[..., :-1], sums[..., -1:] + SUM_EPSILON * query_features.sum(-1, keepdim=True)], -1)
@@ -75,12 +73,16 @@ def _causal_chunk(
 
 
 def _read_keys(key: Tensor, value: Tensor, real: Tensor, projection: Tensor, state: Tensor) -> Tensor:
-    key_features = _relu_features(key.to(state.dtype), projection).masked_fill(~real[:, None, :, None], 0)
+    key_features = _relu_key_features(key.to(state.dtype), projection, real)
     return state + key_features.mT @ _with_ones(value.to(state.dtype))
 
 
 def _relu_features(rows: Tensor, projection: Tensor) -> Tensor:
     return (rows @ projection.mT).relu() + RELU_EPSILON
+
+
+def _relu_key_features(key: Tensor, projection: Tensor, real: Tensor) -> Tensor:
+    return _relu_features(key, projection).masked_fill(~real[:, None, :, None], 0)
 
 
 def _exp_query_features(query: Tensor, projection: Tensor) -> Tensor:
