@@ -1,6 +1,10 @@
 """Argument checks shared by the operations: an error names the argument, what it was and what is allowed."""
 
+import torch
 from torch import Tensor
+
+from .bins import LAYOUTS
+from .masks import BinMask, RunMask
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
@@ -44,3 +48,35 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor | None = None) -> None:
         if tensor is not None and tensor.dtype != query.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected query's {query.dtype}")
     check_same_device(query=query, key=key, value=value)
+
+
+def check_mask(mask: BinMask | RunMask, query_shape: torch.Size, causal: bool) -> None:
+    """Check that ``mask`` is well formed and has the rows of ``query [N, H, T, D]``."""
+    rows = tuple(query_shape[:3])
+    if isinstance(mask, BinMask):
+        check_bins(mask.num_bins)
+        check_choice("mask.layout", mask.layout, LAYOUTS)
+        check_shape(
+            "mask.bits", mask.bits, (*rows, mask.num_bins // 32), "[batch, num_heads, num_queries, num_bins / 32]"
+        )
+        check_choice("mask.bits.dtype", mask.bits.dtype, (torch.int32,))
+    elif isinstance(mask, RunMask):
+        check_shape("mask.starts", mask.starts, (*rows, None), "[batch, num_heads, num_queries, num_runs]")
+        check_choice("mask.starts.dtype", mask.starts.dtype, (torch.int32,))
+        _check_runs(mask, causal)
+    else:
+        raise TypeError(f"mask is a {type(mask).__name__}, expected a BinMask or a RunMask")
+
+
+def _check_runs(mask: RunMask, causal: bool) -> None:
+    if mask.width < 1 or mask.width & (mask.width - 1):
+        raise ValueError(f"mask.width is {mask.width}, expected a power of two")
+    if mask.window < 0 or mask.window % mask.width:
+        raise ValueError(f"mask.window is {mask.window}, expected a non-negative multiple of mask.width {mask.width}")
+    if mask.stride < 1:
+        raise ValueError(f"mask.stride is {mask.stride}, expected at least 1")
+    if not causal and (mask.window or mask.stride > 1):
+        raise ValueError(
+            f"mask has window {mask.window} and stride {mask.stride}, expected 0 and 1 with causal=False: "
+            "only causal rows have a window"
+        )

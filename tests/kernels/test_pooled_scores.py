@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from sea_kernels import pooled_scores
 from sea_kernels.bins import bin_start
 from sea_kernels.spans import row_spans

@@ -1,5 +1,7 @@
 """PyTorch forms of the pooled-key scores, one for each way in which rows share their bins."""
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -139,7 +141,7 @@ def _equal_width_rows(width: Tensor) -> list[slice]:
     """Longest stretches of rows in which no item's bin width changes."""
     changes = (width[:, 1:] != width[:, :-1]).any(0).nonzero()[:, 0] + 1
     edges = [0, *changes.tolist(), width.shape[1]]
-    return [slice(first, last) for first, last in zip(edges[:-1], edges[1:], strict=True)]
+    return [slice(first, last) for first, last in itertools.pairwise(edges)]
 
 
 def _without_padding(scores: Tensor, spans: RowSpans) -> Tensor:

@@ -1,11 +1,9 @@
 """Exact softmax attention over the keys that a sparse mask keeps."""
 
-import torch
 from torch import Tensor
 
 from ..backend import Backend, choose_backend
-from ..bins import LAYOUTS
-from ..checks import check_bins, check_choice, check_qkv, check_same_device, check_shape
+from ..checks import check_mask, check_qkv, check_same_device, check_shape
 from ..masks import BinMask, RunMask
 from ..spans import row_spans
 
@@ -51,7 +49,7 @@ def sparse_attention(
         NotImplementedError: for ``backend="triton"`` where it cannot run.
     """
     check_qkv(query, key, value)
-    _check_mask(mask, query.shape, causal)
+    check_mask(mask, query.shape, causal)
     batch, heads, num_queries, _ = query.shape
     if row_scale is not None:
         check_shape("row_scale", row_scale, (batch, heads, num_queries), "[batch, num_heads, num_queries]")
@@ -66,34 +64,3 @@ def sparse_attention(
     return implementation.sparse_attention(
         query, key, value, mask, spans, causal=causal, scaling=scaling, row_scale=row_scale
     )
-
-
-def _check_mask(mask: BinMask | RunMask, query_shape: torch.Size, causal: bool) -> None:
-    rows = tuple(query_shape[:3])
-    if isinstance(mask, BinMask):
-        check_bins(mask.num_bins)
-        check_choice("mask.layout", mask.layout, LAYOUTS)
-        check_shape(
-            "mask.bits", mask.bits, (*rows, mask.num_bins // 32), "[batch, num_heads, num_queries, num_bins / 32]"
-        )
-        check_choice("mask.bits.dtype", mask.bits.dtype, (torch.int32,))
-    elif isinstance(mask, RunMask):
-        check_shape("mask.starts", mask.starts, (*rows, None), "[batch, num_heads, num_queries, num_runs]")
-        check_choice("mask.starts.dtype", mask.starts.dtype, (torch.int32,))
-        _check_runs(mask, causal)
-    else:
-        raise TypeError(f"mask is a {type(mask).__name__}, expected a BinMask or a RunMask")
-
-
-def _check_runs(mask: RunMask, causal: bool) -> None:
-    if mask.width < 1 or mask.width & (mask.width - 1):
-        raise ValueError(f"mask.width is {mask.width}, expected a power of two")
-    if mask.window < 0 or mask.window % mask.width:
-        raise ValueError(f"mask.window is {mask.window}, expected a non-negative multiple of mask.width {mask.width}")
-    if mask.stride < 1:
-        raise ValueError(f"mask.stride is {mask.stride}, expected at least 1")
-    if not causal and (mask.window or mask.stride > 1):
-        raise ValueError(
-            f"mask has window {mask.window} and stride {mask.stride}, expected 0 and 1 with causal=False: "
-            "only causal rows have a window"
-        )

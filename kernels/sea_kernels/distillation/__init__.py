@@ -1,0 +1,286 @@
+"""Distillation of attention maps in memory linear in the length (SEA, section 3.4): no T x T map ever exists.
+
+An estimated row e is constant inside a bin, so its distance from a teacher's row t needs only the teacher's mass per
+bin and two numbers per row (:class:`TeacherStatistics`). All losses come per row; :func:`reduce_rows` averages them as
+the publication does.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..backend import Backend, choose_backend
+from ..bins import LAYOUTS, Layout
+from ..checks import check_bins, check_choice, check_mask, check_qkv, check_same_device, check_shape
+from ..masks import BinMask, RunMask
+from ..spans import row_spans
+
+__all__ = ["TeacherStatistics", "attention_loss", "estimation_loss", "kept_mass", "reduce_rows", "teacher_statistics"]
+
+
+class TeacherStatistics(NamedTuple):
+    """All that the estimator's loss needs of the teacher's attention rows t. Zero in padding rows.
+
+    Attributes:
+        mass: ``[N, H, T, K]``, the sum of t over the keys of each bin.
+        entropy: ``[N, H, T]``, sum of t log t over the keys (the entropy with its sign turned).
+        square: ``[N, H, T]``, sum of t^2 over the keys.
+    """
+
+    mass: Tensor
+    entropy: Tensor
+    square: Tensor
+
+
+def teacher_statistics(
+    query: Tensor,
+    key: Tensor,
+    *,
+    num_bins: int,
+    layout: Layout,
+    causal: bool,
+    scaling: float,
+    attention_mask: Tensor | None = None,
+    shift: int = 0,
+    backend: Backend = "auto",
+) -> TeacherStatistics:
+    """What :func:`estimation_loss` needs of the teacher's attention ``t = softmax(scaling * query . key)``.
+
+    Computed tile by tile in float32 for half-precision inputs; float64 stays float64. No gradient flows: the teacher is
+    a constant.
+
+    Args:
+        query: the teacher's ``[N, H, T, D]``, the last T of the S positions.
+        key: the teacher's ``[N, G, S, D]``; query head h reads key head ``h // (H / G)``.
+        num_bins: K, a multiple of 32.
+        layout: how bins stretch to keys, "relative" or "aligned".
+        causal: whether a row sees only keys up to its own position. Bidirectional attention needs S = T.
+        scaling: factor of the scores.
+        attention_mask: bool or integer ``[N, S]``, nonzero at real keys, one contiguous run per item.
+        shift: edge jitter in 1/256 of a key (relative layout only).
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        :class:`TeacherStatistics`, float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: if a shape, dtype, device or choice does not fit.
+        NotImplementedError: for ``backend="triton"`` where it cannot run.
+    """
+    check_qkv(query, key)
+    _check_layout(num_bins, layout, shift)
+    check_same_device(query=query, attention_mask=attention_mask)
+    batch, _, num_queries, _ = query.shape
+    spans = row_spans(
+        batch, num_queries, key.shape[2], causal=causal, attention_mask=attention_mask, device=query.device
+    )
+    choose_backend(backend, query, triton_exists=False, operation="teacher_statistics")
+    from . import reference
+
+    return TeacherStatistics(
+        *reference.teacher_statistics(
+            query, key, spans, num_bins=num_bins, layout=layout, causal=causal, scaling=scaling, shift=shift
+        )
+    )
+
+
+def estimation_loss(
+    scores: Tensor,
+    statistics: TeacherStatistics,
+    *,
+    layout: Layout,
+    causal: bool,
+    num_keys: int | None = None,
+    attention_mask: Tensor | None = None,
+    shift: int = 0,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Distance of every estimated row e from the teacher's row t: ``KL(t || e)`` and ``sum_j (e_j - t_j)^2``.
+
+    With n_b keys in bin b, ``e_j = exp(scores_b) / sum_b' n_b' exp(scores_b')`` for every key j of bin b: the estimated
+    compressed attention stretched to the keys and normalised again (SEA, section 3.4). Bins without keys take no part.
+    Equal to the formulas over T x S maps up to rounding. Computed in float32 for half-precision scores; float64 stays
+    float64. Gradients flow to scores only.
+
+    Args:
+        scores: ``[N, H, T, K]``, the estimator's compressed scores before their softmax.
+        statistics: from :func:`teacher_statistics` with the same bins and rows.
+        layout: how bins stretch to keys, "relative" or "aligned".
+        causal: whether a row sees only keys up to its own position.
+        num_keys: S, at least T; the rows are the last T of the S positions. None for T.
+        attention_mask: bool or integer ``[N, S]``, nonzero at real keys, one contiguous run per item.
+        shift: edge jitter in 1/256 of a key (relative layout only).
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        KL divergence in nats and sum of squared errors over the keys, each ``[N, H, T]``, float32 (float64 for float64
+        scores), 0 in padding rows.
+
+    Raises:
+        ValueError: if a shape, dtype, device or choice does not fit.
+        NotImplementedError: for ``backend="triton"`` where it cannot run.
+    """
+    check_shape("scores", scores, (None,) * 4, "[batch, num_heads, num_queries, num_bins]")
+    batch, _, num_queries, num_bins = scores.shape
+    _check_layout(num_bins, layout, shift)
+    check_shape(
+        "statistics.mass", statistics.mass, tuple(scores.shape), "scores' [batch, num_heads, num_queries, num_bins]"
+    )
+    for name in ("entropy", "square"):
+        rows = tuple(scores.shape[:3])
+        check_shape(f"statistics.{name}", getattr(statistics, name), rows, "[batch, num_heads, num_queries]")
+    check_same_device(scores=scores, attention_mask=attention_mask, **statistics._asdict())
+    num_keys = num_queries if num_keys is None else num_keys
+    spans = row_spans(batch, num_queries, num_keys, causal=causal, attention_mask=attention_mask, device=scores.device)
+    choose_backend(backend, scores, triton_exists=False, operation="estimation_loss")
+    from . import reference
+
+    return reference.estimation_loss(scores, *statistics, spans, layout=layout, shift=shift)
+
+
+def attention_loss(
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    query: Tensor,
+    key: Tensor,
+    *,
+    causal: bool,
+    teacher_scaling: float,
+    scaling: float,
+    attention_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Distance of the student's dense attention a from the teacher's t, row by row: ``KL(t || a)``, ``sum (a - t)^2``.
+
+    Both are computed tile by tile and again in the backward pass; memory is linear in T. Float32 for half-precision
+    inputs, also under autocast; float64 stays float64. Gradients flow to query and key, not to the teacher.
+
+    Args:
+        teacher_query: ``[N, H, T, D']``, the last T of the S positions.
+        teacher_key: ``[N, G', S, D']``.
+        query: the student's ``[N, H, T, D]``.
+        key: the student's ``[N, G, S, D]``; query head h reads key head ``h // (H / G)``.
+        causal: whether a row sees only keys up to its own position. Bidirectional attention needs S = T.
+        teacher_scaling: factor of the teacher's scores.
+        scaling: factor of the student's scores.
+        attention_mask: bool or integer ``[N, S]``, nonzero at real keys, one contiguous run per item.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        KL divergence in nats and sum of squared errors over the keys, each ``[N, H, T]``, float32 (float64 for float64
+        inputs), 0 in padding rows.
+
+    Raises:
+        ValueError: if a shape, dtype or device does not fit.
+        NotImplementedError: for ``backend="triton"`` where it cannot run.
+    """
+    check_qkv(query, key)
+    check_qkv(teacher_query, teacher_key)
+    batch, heads, num_queries, _ = query.shape
+    num_keys = key.shape[2]
+    check_shape("teacher_query", teacher_query, (batch, heads, num_queries, None), "query's [N, H, T] and any width")
+    check_shape("teacher_key", teacher_key, (batch, None, num_keys, None), "key's S positions")
+    check_same_device(query=query, teacher_query=teacher_query, attention_mask=attention_mask)
+    spans = row_spans(batch, num_queries, num_keys, causal=causal, attention_mask=attention_mask, device=query.device)
+    choose_backend(backend, query, triton_exists=False, operation="attention_loss")
+    from . import reference
+
+    return reference.attention_loss(
+        teacher_query,
+        teacher_key,
+        query,
+        key,
+        spans,
+        causal=causal,
+        teacher_scaling=teacher_scaling,
+        scaling=scaling,
+    )
+
+
+def kept_mass(
+    query: Tensor,
+    key: Tensor,
+    mask: BinMask | RunMask,
+    *,
+    causal: bool,
+    scaling: float,
+    attention_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Share of the dense attention's mass that lies on the keys which ``mask`` keeps. No gradient flows.
+
+    Args:
+        query: ``[N, H, T, D]``, the last T of the S positions (the teacher's, for a measure of the estimator).
+        key: ``[N, G, S, D]``; query head h reads key head ``h // (H / G)``.
+        mask: kept bins or runs of every row and query head.
+        causal: whether a row sees only keys up to its own position. Bidirectional attention needs S = T.
+        scaling: factor of the scores.
+        attention_mask: bool or integer ``[N, S]``, nonzero at real keys, one contiguous run per item.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        ``[N, H, T]`` between 0 and 1, float32 (float64 for float64 inputs), 0 in padding rows.
+
+    Raises:
+        ValueError: if a shape, dtype or device does not fit.
+        TypeError: if ``mask`` is neither a BinMask nor a RunMask.
+        NotImplementedError: for ``backend="triton"`` where it cannot run.
+    """
+    check_qkv(query, key)
+    check_mask(mask, query.shape, causal)
+    bits = mask.bits if isinstance(mask, BinMask) else mask.starts
+    check_same_device(query=query, mask=bits, attention_mask=attention_mask)
+    batch, _, num_queries, _ = query.shape
+    spans = row_spans(
+        batch, num_queries, key.shape[2], causal=causal, attention_mask=attention_mask, device=query.device
+    )
+    choose_backend(backend, query, triton_exists=False, operation="kept_mass")
+    from . import reference
+
+    return reference.kept_mass(query, key, mask, spans, causal=causal, scaling=scaling)
+
+
+def reduce_rows(
+    kl: Tensor,
+    square_error: Tensor,
+    *,
+    causal: bool,
+    num_keys: int | None = None,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Average losses of rows as the publication's implementation does, which differs between its two settings.
+
+    - KL, causal: the sum over all rows and heads, divided by the number of real rows times H (``batchmean`` over rows).
+    - KL, bidirectional: divided by the number of real rows only; heads add up.
+    - Squared error, both: divided by N * H * T * S, the whole square with its masked part and its padding.
+
+    In the publication the squared error counts padding rows too, whose attention is meaningless; here they are 0.
+
+    Args:
+        kl: ``[N, H, T]``, 0 in padding rows.
+        square_error: ``[N, H, T]``, 0 in padding rows.
+        causal: which of the two settings.
+        num_keys: S, at least T. None for T.
+        attention_mask: bool or integer ``[N, S]``, nonzero at real keys, one contiguous run per item.
+
+    Returns:
+        Mean KL divergence and mean squared error, two scalars.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+    """
+    check_shape("kl", kl, (None,) * 3, "[batch, num_heads, num_queries]")
+    check_shape("square_error", square_error, tuple(kl.shape), "kl's [batch, num_heads, num_queries]")
+    batch, heads, num_queries = kl.shape
+    num_keys = num_queries if num_keys is None else num_keys
+    spans = row_spans(batch, num_queries, num_keys, causal=causal, attention_mask=attention_mask, device=kl.device)
+    real_rows = (spans.length > 0).sum().clamp_min(1)
+    mean_kl = kl.sum() / (real_rows * (heads if causal else 1))
+    return mean_kl, square_error.sum() / (square_error.numel() * num_keys)
+
+
+def _check_layout(num_bins: int, layout: Layout, shift: int) -> None:
+    check_bins(num_bins)
+    check_choice("layout", layout, LAYOUTS)
+    if shift and layout == "aligned":
+        raise ValueError(f"shift is {shift} with layout='aligned', expected 0: only relative edges move")

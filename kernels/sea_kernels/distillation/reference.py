@@ -1,0 +1,143 @@
+"""PyTorch forms of the distillation losses: tiles of attention, a chunk of rows at a time."""
+
+import torch
+from torch import Tensor
+
+from ..bins import Layout, bin_sizes, bin_start
+from ..chunks import row_chunks, run_chunk, without_autocast, working_dtype
+from ..masks import BinMask, RunMask, kept_keys
+from ..spans import RowSpans
+
+
+@torch.no_grad()
+def teacher_statistics(
+    query: Tensor,
+    key: Tensor,
+    spans: RowSpans,
+    *,
+    num_bins: int,
+    layout: Layout,
+    causal: bool,
+    scaling: float,
+    shift: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :func:`sea_kernels.teacher_statistics`."""
+    index = torch.arange(num_bins + 1, device=query.device)
+    parts = []
+    for rows, end in _tiles(query, key, causal):
+        log_teacher = _log_attention(query[:, :, rows], key[:, :, :end], spans, rows, scaling)
+        teacher = log_teacher.exp()
+        entropy, square = (teacher * log_teacher).sum(-1), teacher.square().sum(-1)
+        edges = bin_start(index, spans.length[:, rows, None], num_bins, layout, shift) + spans.start[:, None, None]
+        edges = edges.clamp_max(end)  # a padding row may lie before its item's first key
+        before = torch.nn.functional.pad(teacher, (1, 0)).cumsum(-1)  # mass before each key
+        mass = before.gather(-1, edges[:, None].expand(-1, query.shape[1], -1, -1)).diff(dim=-1).clamp_min(0)
+        padding = _padding(spans, rows)
+        parts.append((mass, entropy.masked_fill(padding, 0), square.masked_fill(padding, 0)))
+    mass, entropy, square = (torch.cat(part, 2) for part in zip(*parts, strict=True))
+    return mass, entropy, square
+
+
+def estimation_loss(
+    scores: Tensor,
+    mass: Tensor,
+    entropy: Tensor,
+    square: Tensor,
+    spans: RowSpans,
+    *,
+    layout: Layout,
+    shift: int,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`sea_kernels.estimation_loss`."""
+    batch, heads, num_queries, num_bins = scores.shape
+    dtype = working_dtype(scores.dtype)
+
+    def rows_loss(rows: slice) -> tuple[Tensor, Tensor]:
+        size = bin_sizes(spans.length[:, rows], num_bins, layout, shift)[:, None]  # [N, 1, R, K]
+        empty = size == 0
+        size = size.clamp_min(1).to(dtype)
+        row = scores[:, :, rows].to(dtype).masked_fill(empty, torch.finfo(dtype).min)
+        log_estimate = row - (row + size.log()).logsumexp(-1, keepdim=True)
+        log_estimate = log_estimate.masked_fill(empty, 0)
+        estimate = log_estimate.exp().masked_fill(empty, 0)
+        target = mass[:, :, rows].detach().to(dtype)
+        kl = entropy[:, :, rows].detach() - (target * log_estimate).sum(-1)
+        # Squared distance to the teacher's mean in each bin, plus the teacher's own spread around those means: two
+        # terms that cannot be negative, in place of a difference of large ones.
+        spread = square[:, :, rows].detach() - (target.square() / size).sum(-1)
+        distance = (size * (estimate - target / size).square()).sum(-1)
+        return kl, distance + spread.clamp_min(0)
+
+    return _over_rows(rows_loss, row_chunks(num_queries, batch * heads * num_bins))
+
+
+def attention_loss(
+    teacher_query: Tensor,
+    teacher_key: Tensor,
+    query: Tensor,
+    key: Tensor,
+    spans: RowSpans,
+    *,
+    causal: bool,
+    teacher_scaling: float,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`sea_kernels.attention_loss`."""
+    teacher_query, teacher_key = teacher_query.detach(), teacher_key.detach()
+    tiles = _tiles(query, key, causal)
+
+    def rows_loss(rows: slice, end: int) -> tuple[Tensor, Tensor]:
+        teacher = teacher_query[:, :, rows], teacher_key[:, :, :end]
+        log_teacher = _log_attention(*teacher, spans, rows, teacher_scaling)
+        log_student = _log_attention(query[:, :, rows], key[:, :, :end], spans, rows, scaling)
+        teacher, student = log_teacher.exp(), log_student.exp()
+        kl = (teacher * (log_teacher - log_student)).sum(-1)
+        square_error = (student - teacher).square().sum(-1)
+        padding = _padding(spans, rows)
+        return kl.masked_fill(padding, 0), square_error.masked_fill(padding, 0)
+
+    return _over_rows(rows_loss, *zip(*tiles, strict=True))
+
+
+@torch.no_grad()
+def kept_mass(
+    query: Tensor, key: Tensor, mask: BinMask | RunMask, spans: RowSpans, *, causal: bool, scaling: float
+) -> Tensor:
+    """See :func:`sea_kernels.kept_mass`."""
+    kept = []
+    for rows, end in _tiles(query, key, causal):
+        attention = _log_attention(query[:, :, rows], key[:, :, :end], spans, rows, scaling).exp()
+        kept.append(attention.masked_fill(~kept_keys(mask, spans, end, rows), 0).sum(-1))
+    return torch.cat(kept, 2)
+
+
+def _tiles(query: Tensor, key: Tensor, causal: bool) -> list[tuple[slice, int]]:
+    """Chunks of rows, each with the number of leading keys that its rows may see."""
+    batch, heads, num_queries, _ = query.shape
+    num_keys = key.shape[2]
+    chunks = row_chunks(num_queries, batch * heads * num_keys)
+    return [(rows, num_keys - num_queries + rows.stop if causal else num_keys) for rows in chunks]
+
+
+def _log_attention(query: Tensor, key: Tensor, spans: RowSpans, rows: slice, scaling: float) -> Tensor:
+    """Logarithm of softmax attention ``[N, H, R, S']`` over the first S' keys; hugely negative at hidden keys."""
+    dtype = working_dtype(query.dtype)
+    with without_autocast(query):
+        grouped = (scaling * query.to(dtype)).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [N, G, H/G * R, D]
+        scores = (grouped @ key.to(dtype).mT).view(*query.shape[:3], -1)
+    place = torch.arange(key.shape[2], device=key.device) - spans.start[:, None]  # [N, S']
+    hidden = (place < 0)[:, None] | (place[:, None] >= spans.length[:, rows, None])
+    return scores.masked_fill(hidden[:, None], torch.finfo(dtype).min).log_softmax(-1)
+
+
+def _padding(spans: RowSpans, rows: slice) -> Tensor:
+    """bool ``[N, 1, R]``: rows that are padding."""
+    return (spans.length[:, rows] == 0)[:, None]
+
+
+def _over_rows(rows_loss, *chunks) -> tuple[Tensor, Tensor]:
+    """Two losses ``[N, H, T]`` from ``rows_loss``, which is called with every chunk in turn."""
+    recompute = len(chunks[0]) > 1
+    pairs = [run_chunk(rows_loss, *chunk, recompute=recompute) for chunk in zip(*chunks, strict=True)]
+    kl, square_error = (torch.cat(part, 2) for part in zip(*pairs, strict=True))
+    return kl, square_error
