@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sea_kernels import sparse_attention
+from sea_kernels import chunks, sparse_attention
 from sea_kernels.chunks import CHUNK_ELEMENTS, row_chunks
 from sea_kernels.masks import BinMask, RunMask, kept_keys, pack_bits
 from sea_kernels.spans import row_spans
@@ -212,9 +212,29 @@ def test_half_precision_is_computed_in_float32(random_qkv, small_chunks, dtype):
 @pytest.mark.parametrize("num_rows", [1, 1000, 16384])
 @pytest.mark.parametrize("elements", [1, 1000, 12 * 16384, 2 * CHUNK_ELEMENTS])
 def test_row_chunks_cover_every_row_and_are_bounded(num_rows, elements):
-    chunks = row_chunks(num_rows, elements)
-    assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(num_rows))
-    assert all((chunk.stop - chunk.start) * elements <= max(CHUNK_ELEMENTS, elements) for chunk in chunks)
+    parts = row_chunks(num_rows, elements)
+    assert [row for chunk in parts for row in range(chunk.start, chunk.stop)] == list(range(num_rows))
+    assert all((chunk.stop - chunk.start) * elements <= max(CHUNK_ELEMENTS, elements) for chunk in parts)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(40, 40), (80, 80), (10, 80)])
+def test_scores_of_one_chunk_are_bounded(random_qkv, monkeypatch, queries, keys):
+    query, key, value = random_qkv(queries=queries, keys=keys)
+    mask = random_bins(2, 4, queries, layout="aligned")
+    expected = sparse_attention(query, key, value, mask, causal=True, scaling=SCALING)
+    sizes = []
+
+    def recorded(*args):
+        keep = kept_keys(*args)
+        sizes.append(keep.numel())
+        return keep
+
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 2000)
+    monkeypatch.setattr(reference, "kept_keys", recorded)
+    output = sparse_attention(query, key, value, mask, causal=True, scaling=SCALING)
+    assert max(sizes) <= 2000
+    assert len(sizes) <= 2 * 2 * 4 * queries * keys / 2000  # and they are no smaller than they need to be
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_training_stores_nothing_of_rows_times_keys(random_qkv, small_chunks):
