@@ -4,7 +4,6 @@ The samplers derive from ``DistributedSampler`` so that Lightning leaves them in
 """
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from typing import Any
 
 import torch
@@ -42,7 +41,12 @@ class TrainSampler(DistributedSampler):
         self.first_row = 0
 
     def __iter__(self) -> Iterator[int]:
-        return islice(super().__iter__(), self.first_row, None)
+        order = torch.randperm(len(self.dataset), generator=self._generator()).tolist()
+        return iter(order[self.rank : self.total_size : self.num_replicas][self.first_row :])
+
+    def _generator(self) -> torch.Generator:
+        # Not seed + epoch: the second epoch of a seed would be the first one of the next seed.
+        return torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
 
 
 class WindowSampler(TrainSampler):
@@ -55,8 +59,7 @@ class WindowSampler(TrainSampler):
         self.num_offsets = min(seq_len, num_tokens - seq_len + 1)
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        offset = int(torch.randint(self.num_offsets, (), generator=generator))
+        offset = int(torch.randint(self.num_offsets, (), generator=self._generator()))
         return (offset + window * self.seq_len for window in super().__iter__())
 
 
