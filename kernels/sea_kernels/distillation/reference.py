@@ -25,8 +25,8 @@ def teacher_statistics(
     index = torch.arange(num_bins + 1, device=query.device)
     parts = []
     for rows, end in _tiles(query, key, causal):
-        log_teacher = _log_attention(query[:, :, rows], key[:, :, :end], spans, rows, scaling)
-        teacher = log_teacher.exp()
+        scores = _scores(query[:, :, rows], key[:, :, :end], spans, rows, scaling)
+        teacher, log_teacher = scores.softmax(-1), scores.log_softmax(-1)
         entropy, square = (teacher * log_teacher).sum(-1), teacher.square().sum(-1)
         edges = bin_start(index, spans.length[:, rows, None], num_bins, layout, shift) + spans.start[:, None, None]
         edges = edges.clamp_max(end)  # a padding row may lie before its item's first key
@@ -54,19 +54,18 @@ def estimation_loss(
 
     def rows_loss(rows: slice) -> tuple[Tensor, Tensor]:
         size = bin_sizes(spans.length[:, rows], num_bins, layout, shift)[:, None]  # [N, 1, R, K]
-        empty = size == 0
-        size = size.clamp_min(1).to(dtype)
-        row = scores[:, :, rows].to(dtype).masked_fill(empty, torch.finfo(dtype).min)
-        log_estimate = row - (row + size.log()).logsumexp(-1, keepdim=True)
-        log_estimate = log_estimate.masked_fill(empty, 0)
-        estimate = log_estimate.exp().masked_fill(empty, 0)
+        empty, size = size == 0, size.clamp_min(1).to(dtype)
+        log_size = size.log()
+        weighted = scores[:, :, rows].to(dtype) + log_size.masked_fill(empty, torch.finfo(dtype).min)
+        log_estimate = weighted.log_softmax(-1) - log_size  # of one key in the bin
         target = mass[:, :, rows].detach().to(dtype)
         kl = entropy[:, :, rows].detach() - (target * log_estimate).sum(-1)
         # Squared distance to the teacher's mean in each bin, plus the teacher's own spread around those means: two
         # terms that cannot be negative, in place of a difference of large ones.
         spread = square[:, :, rows].detach() - (target.square() / size).sum(-1)
-        distance = (size * (estimate - target / size).square()).sum(-1)
-        return kl, distance + spread.clamp_min(0)
+        square_error = ((weighted.softmax(-1) - target).square() / size).sum(-1) + spread.clamp_min(0)
+        padding = _padding(spans, rows)
+        return kl.masked_fill(padding, 0), square_error.masked_fill(padding, 0)
 
     return _over_rows(rows_loss, row_chunks(num_queries, batch * heads * num_bins))
 
@@ -87,11 +86,10 @@ def attention_loss(
     tiles = _tiles(query, key, causal)
 
     def rows_loss(rows: slice, end: int) -> tuple[Tensor, Tensor]:
-        teacher = teacher_query[:, :, rows], teacher_key[:, :, :end]
-        log_teacher = _log_attention(*teacher, spans, rows, teacher_scaling)
-        log_student = _log_attention(query[:, :, rows], key[:, :, :end], spans, rows, scaling)
-        teacher, student = log_teacher.exp(), log_student.exp()
-        kl = (teacher * (log_teacher - log_student)).sum(-1)
+        target = _scores(teacher_query[:, :, rows], teacher_key[:, :, :end], spans, rows, teacher_scaling)
+        scores = _scores(query[:, :, rows], key[:, :, :end], spans, rows, scaling)
+        teacher, student = target.softmax(-1), scores.softmax(-1)
+        kl = (teacher * (target.log_softmax(-1) - scores.log_softmax(-1))).sum(-1)
         square_error = (student - teacher).square().sum(-1)
         padding = _padding(spans, rows)
         return kl.masked_fill(padding, 0), square_error.masked_fill(padding, 0)
@@ -106,7 +104,7 @@ def kept_mass(
     """See :func:`sea_kernels.kept_mass`."""
     kept = []
     for rows, end in _tiles(query, key, causal):
-        attention = _log_attention(query[:, :, rows], key[:, :, :end], spans, rows, scaling).exp()
+        attention = _scores(query[:, :, rows], key[:, :, :end], spans, rows, scaling).softmax(-1)
         kept.append(attention.masked_fill(~kept_keys(mask, spans, end, rows), 0).sum(-1))
     return torch.cat(kept, 2)
 
@@ -115,19 +113,23 @@ def _tiles(query: Tensor, key: Tensor, causal: bool) -> list[tuple[slice, int]]:
     """Chunks of rows, each with the number of leading keys that its rows may see."""
     batch, heads, num_queries, _ = query.shape
     num_keys = key.shape[2]
-    chunks = row_chunks(num_queries, batch * heads * num_keys)
+    smaller = 1 if query.is_cuda else 8  # a tile is read and written many times: in a CPU's cache, twice as fast
+    chunks = row_chunks(num_queries, smaller * batch * heads * num_keys)
     return [(rows, num_keys - num_queries + rows.stop if causal else num_keys) for rows in chunks]
 
 
-def _log_attention(query: Tensor, key: Tensor, spans: RowSpans, rows: slice, scaling: float) -> Tensor:
-    """Logarithm of softmax attention ``[N, H, R, S']`` over the first S' keys; hugely negative at hidden keys."""
+def _scores(query: Tensor, key: Tensor, spans: RowSpans, rows: slice, scaling: float) -> Tensor:
+    """Scores ``[N, H, R, S']`` of the first S' keys, hugely negative at hidden keys and in padding rows.
+
+    Softmax and its logarithm are then taken of the scores by themselves: ``exp`` of such numbers is slow on a CPU.
+    """
     dtype = working_dtype(query.dtype)
-    with without_autocast(query):
-        grouped = (scaling * query.to(dtype)).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [N, G, H/G * R, D]
-        scores = (grouped @ key.to(dtype).mT).view(*query.shape[:3], -1)
     place = torch.arange(key.shape[2], device=key.device) - spans.start[:, None]  # [N, S']
     hidden = (place < 0)[:, None] | (place[:, None] >= spans.length[:, rows, None])
-    return scores.masked_fill(hidden[:, None], torch.finfo(dtype).min).log_softmax(-1)
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=key.device).masked_fill_(hidden, torch.finfo(dtype).min)
+    with without_autocast(query):
+        grouped = (scaling * query.to(dtype)).unflatten(1, (key.shape[1], -1)).flatten(2, 3)  # [N, G, H/G * R, D]
+        return (grouped @ key.to(dtype).mT).view(*query.shape[:3], -1) + bias[:, None]
 
 
 def _padding(spans: RowSpans, rows: slice) -> Tensor:
