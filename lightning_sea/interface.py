@@ -68,6 +68,8 @@ def sea_attention(
             f"attention_mask has shape {tuple(attention_mask.shape)}: SEA takes the padding mask [batch, num_keys] only"
         )
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if query.dtype != value.dtype:  # under autocast, rotary positions leave queries and keys in float32
+        query, key = query.to(value.dtype), key.to(value.dtype)
     estimate = None
     if hasattr(module, "sea"):
         context, estimate = module.sea(query, key, value, scaling=scaling, attention_mask=attention_mask)
