@@ -3,6 +3,7 @@
 import importlib.util
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Backend = Literal["auto", "reference", "triton"]
@@ -12,6 +13,12 @@ BACKENDS = ("auto", "reference", "triton")
 def has_triton() -> bool:
     """Whether the Triton package is installed (it is not on every platform)."""
     return importlib.util.find_spec("triton") is not None
+
+
+def fits_kernels(*tensors: Tensor) -> bool:
+    """Whether the Triton kernels take these ``[..., D]`` tensors: float32 or half precision, at most 256 wide."""
+    dtypes = torch.float16, torch.bfloat16, torch.float32
+    return all(tensor.dtype in dtypes and tensor.shape[-1] <= 256 for tensor in tensors)
 
 
 def choose_backend(backend: Backend, tensor: Tensor, *, triton_exists: bool, operation: str) -> str:

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..backend import Backend, choose_backend
+from ..backend import Backend, choose_backend, fits_kernels
 from ..checks import check_mask, check_qkv, check_same_device, check_shape
 from ..masks import BinMask, RunMask
 from ..spans import row_spans
@@ -58,9 +58,13 @@ def sparse_attention(
     spans = row_spans(
         batch, num_queries, key.shape[2], causal=causal, attention_mask=attention_mask, device=query.device
     )
-    choose_backend(backend, query, triton_exists=False, operation="sparse_attention")
-    from . import reference as implementation
+    exists = fits_kernels(query, value)
+    if choose_backend(backend, query, triton_exists=exists, operation="sparse_attention") == "triton":
+        from .gradient import TritonAttention
 
-    return implementation.sparse_attention(
+        return TritonAttention.apply(query, key, value, row_scale, mask, spans, attention_mask, causal, scaling)
+    from . import reference
+
+    return reference.sparse_attention(
         query, key, value, mask, spans, causal=causal, scaling=scaling, row_scale=row_scale
     )

@@ -1,0 +1,64 @@
+"""What the Triton kernels share: the valid keys of a row, aligned widths, and launching on the right device."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager:
+    """Context in which kernels launch on ``tensor``'s device, which need not be the current one."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def with_dense_rows(tensor: Tensor) -> Tensor:
+    """The tensor itself if its last dimension is contiguous, else a contiguous copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def item_spans(attention_mask: Tensor | None) -> Tensor | None:
+    """int32 ``[N, 2]``: first real key and number of real keys of each item; None without padding."""
+    if attention_mask is None:
+        return None
+    real = attention_mask != 0
+    return torch.stack([real.int().argmax(-1), real.sum(-1)], -1).int()
+
+
+def count_levels(num_keys: int, num_bins: int) -> int:
+    """Number of aligned widths 1, 2, 4, … that rows of up to ``num_keys`` keys can have."""
+    return max(0, (num_keys - 1) // num_bins).bit_length() + 1
+
+
+@triton.jit
+def item_span(SPANS, item, num_keys, HAS_PADDING: tl.constexpr):
+    """First real key and number of real keys of an item."""
+    if HAS_PADDING:
+        first = tl.load(SPANS + item * 2)
+        real = tl.load(SPANS + item * 2 + 1)
+    else:
+        first = num_keys * 0
+        real = num_keys
+    return first, real
+
+
+@triton.jit
+def row_span(rows, num_queries, num_keys, first, real, CAUSAL: tl.constexpr):
+    """Position of each row counted from the first real key, and the number of keys it may see (0 in padding rows)."""
+    position = num_keys - num_queries + rows - first
+    inside = (rows < num_queries) & (position >= 0) & (position < real)
+    if CAUSAL:
+        length = tl.where(inside, position + 1, 0)
+    else:
+        length = tl.where(inside, position * 0 + real, 0)
+    return position, length
+
+
+@triton.jit
+def aligned_level(length, num_levels, NUM_BINS: tl.constexpr):
+    """Smallest l with ``NUM_BINS * 2^l >= length``."""
+    level = length * 0
+    for step in range(0, num_levels):
+        level += (length > (NUM_BINS << step)).to(tl.int32)
+    return level
