@@ -19,6 +19,7 @@ CONFIGS = {
     "joined": SMALL.replace(decoder="conv", bins="relative"),
     "second_look": SMALL.replace(k=12, second_look_keys=24, second_look_width=4),
     "stride": SMALL.replace(query_stride=4),
+    "second_look_stride": SMALL.replace(k=12, second_look_keys=24, query_stride=4),
 }
 
 

@@ -258,7 +258,7 @@ class SEAAttention(nn.Module):
                 **place,
             )
         if config.query_stride > 1:
-            mask = share_rows(mask, spans, config.query_stride)
+            mask = share_rows(mask, spans, config.query_stride, causal=self.causal, keep_own=config.keep_own)
         return mask
 
     def _average_context(self, value: Tensor, estimate: Estimate, spans: RowSpans) -> Tensor:

@@ -1,7 +1,7 @@
 """Rows that share one estimate (``query_stride``): each group of rows takes the mask of its first row.
 
 The first row of a group sees no later token, so sharing stays causal. What a later row adds by itself is the bin (or
-the window) of its own position, which lies after everything that the first row could know.
+the window) of its own position, which the first row could not know.
 """
 
 import torch
@@ -12,20 +12,27 @@ from sea_kernels.masks import BinMask, RunMask, pack_bits
 from sea_kernels.spans import RowSpans
 
 
-def share_rows(mask: BinMask | RunMask, spans: RowSpans, stride: int) -> BinMask | RunMask:
+def share_rows(
+    mask: BinMask | RunMask, spans: RowSpans, stride: int, *, causal: bool, keep_own: bool
+) -> BinMask | RunMask:
     """The mask in which every row uses the selection of the first row of its group of ``stride`` rows.
 
     Args:
         mask: one selection per row.
         spans: of the same rows; queries and keys must be the same positions (no cache).
         stride: rows per group, counted from each item's first real row.
+        causal: whether a row sees only keys up to its own position. A causal run mask then has a window that reaches
+            back to where the group's first row ends.
+        keep_own: whether every row adds the bin of its own position.
     """
     position = spans.position.clamp_min(0)
     leader = position - position % stride + spans.start[:, None]  # [N, T], a row index
     leader = leader.clamp_max(position.shape[1] - 1)
     if isinstance(mask, RunMask):
-        return RunMask(_take_rows(mask.starts, leader), mask.width, mask.window, stride)
-    bits = _take_rows(mask.bits, leader) | _own_bin(mask, spans)[:, None]
+        return RunMask(_take_rows(mask.starts, leader), mask.width, mask.window, stride if causal else 1)
+    bits = _take_rows(mask.bits, leader)
+    if keep_own:
+        bits = bits | _own_bin(mask, spans)[:, None]
     return BinMask(bits, mask.num_bins, mask.layout, mask.shift)
 
 
