@@ -1,8 +1,10 @@
 """Operations of SEA attention, one folder each: a PyTorch form and, where it exists, a Triton form."""
 
 from .distillation import TeacherStatistics, attention_loss, estimation_loss, kept_mass, reduce_rows, teacher_statistics
+from .export import count_keys, to_dense, to_flat_csr
 from .linear_attention import LinearState, linear_attention
 from .pooled_scores import pooled_scores
+from .second_look import second_look
 from .select_bins import select_bins
 from .sparse_attention import sparse_attention
 
@@ -10,12 +12,16 @@ __all__ = [
     "LinearState",
     "TeacherStatistics",
     "attention_loss",
+    "count_keys",
     "estimation_loss",
     "kept_mass",
     "linear_attention",
     "pooled_scores",
     "reduce_rows",
+    "second_look",
     "select_bins",
     "sparse_attention",
     "teacher_statistics",
+    "to_dense",
+    "to_flat_csr",
 ]

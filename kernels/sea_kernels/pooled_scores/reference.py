@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..bins import SHIFT_UNIT, Layout, aligned_width, bin_start
 from ..chunks import row_chunks, run_chunk, without_autocast
+from ..pooling import RunPool, query_features
 from ..spans import RowSpans
-from .pooling import RunPool, query_features
 
 
 def bidirectional(

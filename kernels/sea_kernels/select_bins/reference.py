@@ -1,11 +1,12 @@
-"""PyTorch form of the selection: a threshold per group, found by bisecting on the bit pattern of the scores."""
+"""PyTorch form of the selection: candidates and budget of every group, then its largest scores."""
 
 import torch
 from torch import Tensor
 
 from ..bins import Layout, aligned_width, bin_of, wanted_bins
-from ..chunks import row_chunks, working_dtype
+from ..chunks import row_chunks
 from ..masks import pack_bits
+from ..ranking import keep_largest, ordered_integers
 from ..spans import RowSpans
 
 
@@ -28,11 +29,11 @@ def select_bins(
     for rows in chunks:
         part = RowSpans(spans.start, spans.length[:, rows], spans.position[:, rows])
         exists, forced = _candidates(part, num_bins, layout, keep_first, keep_own, shift)
-        ranks = _ordered_integers(scores[:, :, rows])
+        ranks = ordered_integers(scores[:, :, rows])
         limits = torch.iinfo(ranks.dtype)
         ranks.masked_fill_(forced[:, None], limits.max).masked_fill_(~exists[:, None], limits.min)
         budget = _budget(part.length, exists, forced, heads, num_bins, k=k, layout=layout, grouping=grouping)
-        packed.append(pack_bits(_keep_largest(ranks, budget, grouping)))
+        packed.append(pack_bits(_keep_in_groups(ranks, budget, grouping)))
     return torch.cat(packed, 2)
 
 
@@ -74,45 +75,14 @@ def _budget(
     return budget[:, None] if grouping in ("query", "head") else budget
 
 
-def _ordered_integers(scores: Tensor) -> Tensor:
-    """Integers in the same order as the scores: int64 for float64, int32 otherwise."""
-    scores = scores.to(working_dtype(scores.dtype)) + 0.0  # a copy, in which -0.0 has become its equal 0.0
-    bits = scores.view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
-    limits = torch.iinfo(bits.dtype)
-    flip = bits >> (limits.bits - 1)  # all ones for a negative score, whose magnitude counts downwards
-    return bits.bitwise_xor_(flip.bitwise_and_(limits.max))
-
-
-def _keep_largest(ranks: Tensor, budget: Tensor, grouping: str) -> Tensor:
+def _keep_in_groups(ranks: Tensor, budget: Tensor, grouping: str) -> Tensor:
     """bool ``[N, H, T, K]``: the ``budget`` largest of each group, the lowest index first among equals."""
     shape = ranks.shape
     if grouping == "query":
-        return _largest(ranks, budget.expand(shape[:3]))
+        return keep_largest(ranks, budget.expand(shape[:3]))
     if grouping == "causal_batch":
-        kept = _largest(ranks.transpose(1, 2).flatten(2), budget)
+        kept = keep_largest(ranks.transpose(1, 2).flatten(2), budget)
         return kept.unflatten(2, (shape[1], shape[3])).transpose(1, 2).contiguous()
     if grouping == "head":
-        return _largest(ranks.flatten(2), budget.expand(shape[:2])).view(shape)
-    return _largest(ranks.flatten(1), budget).view(shape)
-
-
-def _largest(ranks: Tensor, budget: Tensor) -> Tensor:
-    """bool like ``ranks [..., C]``: the ``budget [...]`` largest entries, the lowest index first among equals."""
-    budget = budget[..., None].int()
-    threshold = _kth_largest(ranks, budget)
-    above, equal = ranks > threshold, ranks == threshold
-    left = budget - above.sum(-1, keepdim=True, dtype=torch.int32)
-    return above | (equal & (equal.cumsum(-1, dtype=torch.int32) <= left))
-
-
-def _kth_largest(ranks: Tensor, count: Tensor) -> Tensor:
-    """Largest integer that at least ``count`` entries of the last dimension reach, found bit by bit from the top."""
-    limits = torch.iinfo(ranks.dtype)
-    found = torch.full_like(count, limits.min, dtype=ranks.dtype)
-    reached = torch.empty_like(ranks, dtype=torch.int32)
-    for bit in reversed(range(limits.bits)):
-        candidate = torch.zeros_like(found) if bit == limits.bits - 1 else found | (1 << bit)
-        torch.ge(ranks, candidate, out=reached)
-        enough = reached.sum(-1, keepdim=True, dtype=torch.int32) >= count
-        found = torch.where(enough, candidate, found)
-    return found
+        return keep_largest(ranks.flatten(2), budget.expand(shape[:2])).view(shape)
+    return keep_largest(ranks.flatten(1), budget).view(shape)

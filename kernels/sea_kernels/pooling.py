@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..chunks import working_dtype
+from .chunks import working_dtype
 
 
 def query_features(query: Tensor, scaling: float, statistic: str) -> Tensor:
