@@ -3,6 +3,7 @@
 The only place of the package that builds T x T maps, for one head of one item, because a picture needs them.
 """
 
+import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -17,8 +18,6 @@ from sea_kernels.spans import RowSpans, row_spans
 from .attention.average import estimated_mean, running_mean
 from .attention.estimate import Estimate
 from .recorder import AttentionRecorder, LayerRecord
-
-TITLES = ("teacher", "estimate", "mask", "result")
 
 
 @torch.no_grad()
@@ -147,13 +146,13 @@ def _one_head(estimate: Estimate, item: int, head: int) -> Estimate:
         mask = BinMask(mask.bits[place], mask.num_bins, mask.layout, mask.shift)
     else:
         mask = RunMask(mask.starts[place], mask.width, mask.window, mask.stride)
-    return Estimate(
+    return dataclasses.replace(
+        estimate,
         scores=estimate.scores[place],
         mask=mask,
         prob_scale=estimate.prob_scale[place],
         mix_scale=None if estimate.mix_scale is None else estimate.mix_scale[place],
-        layout=estimate.layout,
-        shift=estimate.shift,
+        length=estimate.length[item : item + 1],
     )
 
 
@@ -166,7 +165,12 @@ def _query_and_key(record: LayerRecord, item: int, head: int) -> tuple[Tensor, T
 def _dense(record: LayerRecord, spans: RowSpans, item: int, head: int) -> Tensor:
     query, key = _query_and_key(record, item, head)
     scores = record.scaling * query[0, 0] @ key[0, 0].T
-    return scores.masked_fill(~_visible(spans, scores.shape[-1]), -torch.inf).softmax(-1).nan_to_num(0.0)
+    return _masked_softmax(scores, _visible(spans, scores.shape[-1]))
+
+
+def _masked_softmax(scores: Tensor, visible: Tensor) -> Tensor:
+    """Softmax of ``[T, S]`` over the visible keys; padding rows, which see none, give 0."""
+    return scores.masked_fill(~visible, -torch.inf).softmax(-1).nan_to_num(0.0)
 
 
 def _visible(spans: RowSpans, num_keys: int) -> Tensor:
@@ -179,8 +183,8 @@ def _stretched(estimate: Estimate, spans: RowSpans, num_keys: int) -> Tensor:
     key = (torch.arange(num_keys, device=spans.start.device) - spans.start).clamp_min(0)
     num_bins = estimate.scores.shape[-1]
     index = bin_of(key, spans.length[0][:, None], num_bins, estimate.layout, estimate.shift)
-    stretched = estimate.probabilities()[0, 0].gather(-1, index) * _visible(spans, num_keys)
-    return stretched / stretched.sum(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    scores = estimate.scores[0, 0].float().gather(-1, index)
+    return _masked_softmax(scores, _visible(spans, num_keys))
 
 
 def _result(record: LayerRecord, estimate: Estimate, spans: RowSpans, item: int, head: int) -> Tensor:

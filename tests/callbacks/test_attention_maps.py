@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from lightning_sea.callbacks import AttentionMapLogger
 from lightning_sea.recorder import AttentionRecorder
 from lightning_sea.visualization import attention_maps, attention_matrices
+from sea_kernels import estimation_loss, teacher_statistics
 
 SMALL = {"k": 6, "predictor_length": 32}
 
@@ -48,6 +49,20 @@ def test_rows_are_distributions_over_visible_keys(family, distiller, loader):
     for name in ("teacher", "estimate"):
         torch.testing.assert_close(maps[name].sum(-1), torch.ones(31))
     assert set(maps["mask"].unique().tolist()) <= {0.0, 1.0}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert"])
+@pytest.mark.parametrize("bins", ["aligned", "relative"])
+def test_the_estimate_is_what_the_loss_compares(family, bins, distiller, loader):
+    module = distiller(family, **SMALL, bins=bins)
+    (batch,) = loader([[48, 31]])
+    teacher, student = records(module, batch)[1]
+    place = {"causal": teacher.causal, "attention_mask": teacher.attention_mask, "layout": bins}
+    statistics = teacher_statistics(teacher.query, teacher.key, num_bins=32, scaling=teacher.scaling, **place)
+    divergence, _ = estimation_loss(student.estimate.scores, statistics, num_keys=48, **place)
+    maps = attention_matrices(teacher, student, head=2, item=1)
+    by_hand = torch.special.xlogy(maps["teacher"], maps["teacher"] / maps["estimate"].clamp_min(1e-30)).sum(-1)
+    torch.testing.assert_close(by_hand, divergence[1, 2, :31], atol=1e-5, rtol=1e-4)
 
 
 def test_max_tokens_cuts_the_map_without_changing_it(distiller, loader):
