@@ -179,20 +179,28 @@ def build_dataset(
     """
     stamps = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     try:
-        dataset = Dataset.from_generator(
-            rows,
+        return Dataset.from_generator(
+            _some_rows,
             features=features,
             cache_dir=cache_dir,
-            gen_kwargs={"files": tuple(map(str, files)), **arguments},
+            gen_kwargs={"rows": rows, "files": tuple(map(str, files)), **arguments},
             fingerprint=Hasher.hash((_READER_VERSION, rows.__qualname__, stamps, arguments, features)),
         )
     except DatasetGenerationError as error:
         if isinstance(error.__cause__, ValueError):
             raise error.__cause__ from None
         raise
-    if len(dataset) == 0:
-        raise ValueError(f"{', '.join(map(str, files))}: no rows")
-    return dataset
+
+
+def _some_rows(
+    rows: Callable[..., Iterable[dict[str, Any]]], files: tuple[str, ...], **arguments: Any
+) -> Iterator[dict[str, Any]]:
+    empty = True
+    for row in rows(files=files, **arguments):
+        empty = False
+        yield row
+    if empty:
+        raise ValueError(f"{', '.join(files)}: no rows")
 
 
 # Raise it when a reader changes what it yields: cached rows of older versions are then read anew.

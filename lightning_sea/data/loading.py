@@ -155,7 +155,7 @@ def evaluation_loader(
         raise ValueError(f"a split to evaluate has {len(dataset)} rows, fewer than the {world[0]} processes")
     return DataLoader(
         dataset,
-        batch_size,
+        batch_size=batch_size,  # by name: Lightning builds the loader anew to predict
         sampler=ShardSampler(len(dataset), *world),
         collate_fn=collate,
         num_workers=num_workers,

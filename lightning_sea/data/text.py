@@ -68,6 +68,8 @@ class EvaluationWindows(TorchDataset):
         return 1 + max(0, -(-(len(self.tokens) - self.seq_len) // self.stride))
 
     def __getitem__(self, index: int) -> dict[str, numpy.ndarray]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
         start = index * self.stride
         input_ids = self.tokens[start : start + self.seq_len].astype(numpy.int64)
         labels = input_ids.copy()
