@@ -92,7 +92,8 @@ def to_flat_csr(
     for chunks in entries:
         counts, columns, data = (torch.cat(parts) for parts in zip(*chunks, strict=True))
         row_start = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-        matrices.append(torch.sparse_csr_tensor(row_start, columns, data, size=(num_queries, heads * num_keys)))
+        shape = num_queries, heads * num_keys
+        matrices.append(torch.sparse_csr_tensor(row_start, columns, data, size=shape, check_invariants=True))
     return matrices
 
 
