@@ -77,7 +77,7 @@ def test_one_distillation_step_lowers_the_loss(pretrained):
     with torch.no_grad(), AttentionRecorder(model) as recorder:
         model(**inputs)
     torch.manual_seed(0)
-    convert(model, SEAConfig(k=8, predictor_length=64, decoder="conv"))
+    convert(model, SEAConfig(k=8, predictor_length=32, decoder="conv"))
     layers = sea_layers(model)
     before = _estimation_loss(layers, recorder.records)
     optimizer = torch.optim.SGD([p for layer in layers for p in layer.parameters()], lr=1e-2)
@@ -90,7 +90,7 @@ def _estimation_loss(layers, records):
     total = torch.zeros(())
     for layer, record in zip(layers, records, strict=True):
         place = {"causal": record.causal, "layout": layer.config.bins}
-        statistics = teacher_statistics(record.query, record.key, num_bins=64, scaling=record.scaling, **place)
+        statistics = teacher_statistics(record.query, record.key, num_bins=32, scaling=record.scaling, **place)
         estimate = layer.estimate(record.query, record.key, record.value, scaling=record.scaling)
         rows = estimation_loss(estimate.scores, statistics, **place)
         kl, square_error = reduce_rows(*rows, causal=record.causal)
