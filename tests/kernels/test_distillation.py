@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from sea_kernels import attention_loss, chunks, estimation_loss, teacher_statistics
+from sea_kernels import (
+    attention_loss,
+    chunks,
+    estimation_loss,
+    kept_mass,
+    reduce_rows,
+    select_bins,
+    teacher_statistics,
+    to_dense,
+)
 from sea_kernels.bins import bin_of
 from sea_kernels.spans import row_spans
 
@@ -109,3 +118,156 @@ def test_attention_loss_is_the_dense_formula(random_qkv, padding_mask, chunked, 
     )
     actual = value_and_gradients(losses, [query, key])
     assert_equal(actual, value_and_gradients(dense_distance(*maps, visible), [query, key]))
+
+
+def test_published_loss(golden):
+    """L_est + L_attn + L_ctx of the published implementation, from rows and their reduction."""
+    causal, scaling, mask = golden["causal"], golden["scaling"], golden["attention_mask"]
+    length = golden["q"].shape[2]
+    place = {"causal": causal, "attention_mask": mask}
+    # A query times the identity is a row of the teacher's scores.
+    identity = torch.eye(length).expand(2, 2, length, length)
+    teacher = golden["teacher_scores"], identity
+
+    statistics = teacher_statistics(*teacher, num_bins=K, layout="relative", scaling=1.0, **place)
+    estimation = estimation_loss(golden["estimated_attention_score"], statistics, layout="relative", **place)
+    attention = attention_loss(*teacher, golden["q"], golden["k"], teacher_scaling=1.0, scaling=scaling, **place)
+    total = (golden["context"] - golden["teacher_context"]).square().mean()
+    for rows in (estimation, attention):
+        kl, square_error = reduce_rows(*rows, **place)
+        total = total + 0.1 * kl + square_error
+    total = total + padding_square_error(golden)
+    torch.testing.assert_close(total, golden["loss"], rtol=0, atol=1e-5)
+
+
+def padding_square_error(golden):
+    """What the published mean also counts: padding rows, which see the real keys there."""
+    mask, rows = golden["attention_mask"], ~golden["attention_mask"]
+    if golden["causal"]:
+        assert mask.all()
+        return 0.0
+    length = mask.sum(-1)[:, None].expand(mask.shape)
+    visible = mask[:, None, None].expand(-1, 1, mask.shape[1], -1)
+    place = torch.arange(mask.shape[1])
+    index = bin_of(place[None, None], length[..., None], K, "relative")[:, None].expand(-1, 2, -1, -1)
+    teacher = golden["teacher_scores"].masked_fill(~visible, -torch.inf).softmax(-1)
+    estimate = golden["estimated_attention_score"].gather(-1, index).masked_fill(~visible, -torch.inf).softmax(-1)
+    scores = golden["scaling"] * golden["q"] @ golden["k"].mT
+    student = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    error = (estimate - teacher).square().sum(-1) + (student - teacher).square().sum(-1)
+    return (error * rows[:, None]).sum() / teacher.numel()
+
+
+def test_reduction_by_hand(padding_mask):
+    mask = padding_mask(4, [(0, 0), (1, 2)])  # 4 and 1 real rows
+    rows = mask[:, None].expand(2, 3, 4).double()  # 1 in each real row of three heads
+    kl, square_error = reduce_rows(rows, 2 * rows, causal=True, attention_mask=mask)
+    assert kl == 1
+    assert square_error == pytest.approx(2 * 5 * 3 / (2 * 3 * 4 * 4))
+    kl, _ = reduce_rows(rows, rows, causal=False, attention_mask=mask)
+    assert kl == 3  # heads add up
+
+
+@pytest.mark.parametrize("layout", ["relative", "aligned"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_changes_nothing(random_qkv, padding_mask, causal, layout):
+    query, key, _ = random_qkv(queries=40)
+    scores = random_scores(2, 4, 40)
+    padded = [torch.nn.functional.pad(tensor, (0, 0, 5, 8), value=3.0) for tensor in (query, key, scores)]
+    results = []
+    for (q, k, y), mask in (((query, key, scores), None), (padded, padding_mask(53, [(5, 8)] * 2))):
+        place = {"causal": causal, "attention_mask": mask}
+        statistics = teacher_statistics(q, k, num_bins=K, layout=layout, scaling=1.0, **place)
+        losses = estimation_loss(y, statistics, layout=layout, **place)
+        losses += attention_loss(q, k, y[..., :8], y[..., 8:16], teacher_scaling=1.0, scaling=0.3, **place)
+        results.append((*statistics, *losses))
+    for plain, inside in zip(*results, strict=True):
+        torch.testing.assert_close(inside[:, :, 5:45], plain, rtol=1e-12, atol=1e-12)
+        assert not inside[:, :, :5].any()
+        assert not inside[:, :, 45:].any()
+
+
+def test_later_tokens_change_nothing(random_qkv):
+    query, key, _ = random_qkv(queries=60)
+    before, after = [], []
+    for results in (before, after):
+        if results is after:
+            query[:, :, 30:] += 1
+            key[:, :, 30:] -= 1
+        statistics = teacher_statistics(query, key, num_bins=K, layout="aligned", causal=True, scaling=1.0)
+        losses = attention_loss(query, key, key[:, [0, 0, 1, 1]], query, causal=True, teacher_scaling=1.0, scaling=1.0)
+        results.extend((*statistics, *losses))
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one[:, :, :30], other[:, :, :30])
+        assert not torch.equal(one[:, :, 30:], other[:, :, 30:])
+
+
+def test_perfect_estimates_cost_nothing(random_qkv):
+    """With a bin for every key, the logarithm of the teacher's own map has no loss, whatever is added to a row."""
+    query, key, _ = random_qkv(queries=K)
+    place = {"layout": "aligned", "causal": True}
+    statistics = teacher_statistics(query, key, num_bins=K, scaling=1.0, **place)
+    scores = statistics.mass.clamp_min(1e-300).log() + torch.randn(2, 4, K, 1, dtype=torch.float64)
+    for loss in estimation_loss(scores, statistics, **place):
+        torch.testing.assert_close(loss, torch.zeros_like(loss), rtol=0, atol=1e-12)
+    losses = attention_loss(query, key, query, key, causal=True, teacher_scaling=1.0, scaling=1.0)
+    for loss in losses:
+        assert not loss.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(random_qkv, dtype):
+    query, key, _ = (tensor.to(dtype) for tensor in random_qkv(queries=40))
+    scores = random_scores(2, 4, 40).to(dtype)
+    results = []
+    for cast in (lambda tensor: tensor, lambda tensor: tensor.float()):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            q, k, y = cast(query), cast(key), cast(scores)
+            statistics = teacher_statistics(q, k, num_bins=K, layout="relative", causal=True, scaling=0.5)
+            losses = estimation_loss(y, statistics, layout="relative", causal=True)
+            losses += attention_loss(q, k, 2 * q, k, causal=True, teacher_scaling=0.5, scaling=0.5)
+        results.append((*statistics, *losses))
+    for half, single in zip(*results, strict=True):
+        assert half.dtype == torch.float32
+        assert torch.equal(half, single)
+
+
+def test_the_teacher_gets_no_gradient(random_qkv):
+    query, key, _ = (tensor.requires_grad_() for tensor in random_qkv(queries=20))
+    statistics = teacher_statistics(query, key, num_bins=K, layout="aligned", causal=True, scaling=1.0)
+    assert not any(tensor.requires_grad for tensor in statistics)
+    losses = attention_loss(query, key, query.detach(), key.detach(), causal=True, teacher_scaling=1.0, scaling=1.0)
+    assert not any(loss.requires_grad for loss in losses)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("causal", "queries", "keys"), CASES)
+def test_kept_mass_is_the_dense_share(random_qkv, padding_mask, chunked, causal, queries, keys, padded):
+    query, key, _ = random_qkv(batch=4, heads=4, groups=2, queries=queries, keys=keys)
+    mask = padding_mask(keys, SIDES) if padded else None
+    visible, _ = visible_keys(4, queries, keys, causal, mask)
+    place = {"causal": causal, "attention_mask": mask}
+    bins = select_bins(random_scores(4, 4, queries), k=8, layout="aligned", grouping="query", num_keys=keys, **place)
+    actual = kept_mass(query, key, bins, scaling=1.3, **place)
+    kept = to_dense(bins, num_keys=keys, **place)
+    expected = (dense_attention(query, key, visible, 1.3) * kept).sum(-1)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_errors_name_the_argument(random_qkv):
+    query, key, _ = random_qkv(queries=20)
+    scores = torch.zeros(2, 4, 20, K)
+    place = {"layout": "aligned", "causal": True}
+    statistics = teacher_statistics(query, key, num_bins=K, scaling=1.0, **place)
+    with pytest.raises(ValueError, match="num_bins is 20"):
+        teacher_statistics(query, key, num_bins=20, scaling=1.0, **place)
+    with pytest.raises(ValueError, match="shift is 3"):
+        estimation_loss(scores, statistics, shift=3, **place)
+    with pytest.raises(ValueError, match=r"statistics\.mass has shape"):
+        estimation_loss(scores[:, :, 1:], statistics, num_keys=20, **place)
+    with pytest.raises(ValueError, match="teacher_query has shape"):
+        attention_loss(query[:, :, 1:], key[:, :, 1:], query, key, causal=True, teacher_scaling=1.0, scaling=1.0)
+    with pytest.raises(TypeError, match="mask is a Tensor"):
+        kept_mass(query, key, scores, causal=True, scaling=1.0)
+    with pytest.raises(NotImplementedError, match="triton"):
+        teacher_statistics(query, key, num_bins=K, scaling=1.0, backend="triton", **place)
