@@ -4,6 +4,7 @@ from .distillation import TeacherStatistics, attention_loss, estimation_loss, ke
 from .export import count_keys, to_dense, to_flat_csr
 from .linear_attention import LinearState, linear_attention
 from .pooled_scores import pooled_scores
+from .pooled_selection import pooled_selection
 from .second_look import second_look
 from .select_bins import select_bins
 from .sparse_attention import sparse_attention
@@ -17,6 +18,7 @@ __all__ = [
     "kept_mass",
     "linear_attention",
     "pooled_scores",
+    "pooled_selection",
     "reduce_rows",
     "second_look",
     "select_bins",

@@ -48,11 +48,7 @@ def row_span(rows, num_queries, num_keys, first, real, CAUSAL: tl.constexpr):
     """Position of each row counted from the first real key, and the number of keys it may see (0 in padding rows)."""
     position = num_keys - num_queries + rows - first
     inside = (rows < num_queries) & (position >= 0) & (position < real)
-    if CAUSAL:
-        length = tl.where(inside, position + 1, 0)
-    else:
-        length = tl.where(inside, position * 0 + real, 0)
-    return position, length
+    return position, tl.where(inside, position + 1 if CAUSAL else real, 0)
 
 
 @triton.jit

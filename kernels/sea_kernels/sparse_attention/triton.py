@@ -389,10 +389,7 @@ def _attention_kernel(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
     o_tile = tl.arange(0, TILE)
-    if RELATIVE:
-        steps = count * width
-    else:
-        steps = ((count << width) + TILE - 1) // TILE
+    steps = count * width if RELATIVE else ((count << width) + TILE - 1) // TILE
     for step in range(0, steps):
         if RELATIVE:
             entry = tl.load(ENTRIES + step // width)
