@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sea_kernels import pooled_scores
+from sea_kernels import chunks, pooled_scores
 from sea_kernels.bins import bin_start
 from sea_kernels.spans import row_spans
 
@@ -77,3 +77,80 @@ def test_values_and_gradients_follow_the_definition(
         results.append((scores, *torch.autograd.grad((scores * weight).sum(), inputs)))
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_by_hand():
+    query = torch.tensor([[[[2.0, -1.0]] * 3]])
+    key = torch.tensor([[[[1.0, 0.0], [3.0, 4.0], [-1.0, 2.0]]]])
+    arguments = {"num_bins": K, "causal": True, "scaling": 0.5}
+    # Aligned, at most 32 keys: one key a bin, and the last one repeated beyond the row's position.
+    mean = pooled_scores(query, key, layout="aligned", **arguments)[0, 0]
+    assert mean[:, :4].tolist() == [[1.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [1.0, 1.0, -2.0, -2.0]]
+    # Relative, three keys in 32 bins: a bin holds one key or none, and the nearest key stands in for none.
+    mean = pooled_scores(query, key, layout="relative", **arguments)[0, 0, 2]
+    assert mean.tolist() == [1.0] * 21 + [-2.0] * 11
+    # Two keys a bin: the mean of (1, 0) and (3, 4) scores 1; the bound takes 3 for the first width, 0 for the second.
+    query, key = query[:, :, :1].expand(1, 1, 64, 2), key.repeat(1, 1, 22, 1)[:, :, :64]
+    arguments["causal"] = False
+    assert pooled_scores(query, key, layout="aligned", **arguments)[0, 0, 0, 0] == 1
+    assert pooled_scores(query, key, layout="aligned", statistic="bound", **arguments)[0, 0, 0, 0] == 3
+
+
+@pytest.mark.parametrize("statistic", ["mean", "bound"])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("layout", ["relative", "aligned"])
+def test_a_bound_bounds_and_chunks_and_groups_change_nothing(random_qkv, monkeypatch, layout, causal, statistic):
+    query, key, _ = (tensor.requires_grad_() for tensor in random_qkv(heads=6, groups=3, queries=90))
+    arguments = {"num_bins": K, "layout": layout, "causal": causal, "scaling": -0.7}
+    scores = pooled_scores(query, key, statistic=statistic, **arguments)
+    if statistic == "bound":
+        assert (scores >= pooled_scores(query, key, **arguments) - 1e-12).all()
+    gradients = torch.autograd.grad(scores.square().sum(), (query, key))
+
+    monkeypatch.setattr(chunks, "CHUNK_ELEMENTS", 8 * 6 * K * 5 * 7)
+    repeated = pooled_scores(query, key.repeat_interleave(2, 1), statistic=statistic, **arguments)
+    torch.testing.assert_close(repeated, scores, rtol=1e-12, atol=1e-12)
+    again = torch.autograd.grad(repeated.square().sum(), (query, key))
+    for one, other in zip(again, gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "bound"])
+@pytest.mark.parametrize("layout", ["relative", "aligned"])
+def test_later_keys_change_nothing(random_qkv, layout, statistic):
+    query, key, _ = random_qkv(queries=90)
+    arguments = {"num_bins": K, "layout": layout, "causal": True, "scaling": 1.0, "statistic": statistic}
+    before = pooled_scores(query, key, **arguments)
+    key[:, :, 41:] += 1
+    after = pooled_scores(query, key, **arguments)
+    assert torch.equal(before[:, :, :41], after[:, :, :41])
+    assert (before[:, :, 41:] != after[:, :, 41:]).any(-1).all()
+
+
+@pytest.mark.parametrize("statistic", ["mean", "bound"])
+@pytest.mark.parametrize("layout", ["relative", "aligned"])
+def test_half_precision_is_computed_in_float32(random_qkv, layout, statistic):
+    query, key, _ = (tensor.bfloat16() for tensor in random_qkv(queries=70))
+    arguments = {"num_bins": K, "layout": layout, "causal": True, "scaling": 0.3, "statistic": statistic}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        half = pooled_scores(query, key, **arguments)
+    assert half.dtype == torch.bfloat16
+    assert torch.equal(half, pooled_scores(query.float(), key.float(), **arguments).bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_bins": 48}, "num_bins is 48"),
+        ({"layout": "even"}, "layout is 'even'"),
+        ({"statistic": "max"}, "statistic is 'max'"),
+        ({"layout": "aligned", "shift": 4}, "shift is 4"),
+        ({"causal": False}, "num_keys is 9 with num_queries 7"),
+        ({"attention_mask": torch.ones(2, 7)}, "attention_mask has shape"),
+    ],
+)
+def test_errors_name_the_argument(random_qkv, change, message):
+    query, key, _ = random_qkv(queries=7, keys=9)
+    arguments = {"num_bins": K, "layout": "relative", "causal": True, "scaling": 1.0}
+    with pytest.raises(ValueError, match=message):
+        pooled_scores(query, key, **(arguments | change))
