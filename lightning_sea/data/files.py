@@ -134,7 +134,10 @@ def _mapped_files(split: str, value: str, suffixes: tuple[str, ...], splits: tup
     if split not in splits:
         raise ValueError(f"source names a split {split!r}; expected some of {', '.join(splits)}")
     if value == "embedded":
-        return _folder_files(CORPUS, suffixes, splits)[split]
+        files = _folder_files(CORPUS, suffixes, splits)
+        if split not in files:
+            raise ValueError(f"the embedded corpus has no split {split!r}; found {', '.join(files)}")
+        return files[split]
     path = Path(value).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"source of split {split!r}: no such file: {path}")
