@@ -20,6 +20,9 @@ class SEACLI(LightningCLI):
     module. With ``--ckpt_path``, the model's arguments that the checkpoint holds take the place of defaults, and what a
     configuration file or the command line says goes before them: ``--model.sea.k 32`` changes k of a trained model.
     (LightningCLI itself lets the checkpoint win.)
+
+    ``--model.help=GLUEModule`` explains the arguments of a class, ``--model.help=GLUEModule --model.sea.help`` those of
+    a group in it.
     """
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -34,6 +37,9 @@ class SEACLI(LightningCLI):
             for subparser in self._subcommand_parsers.values():
                 subparser.set_defaults(model=model)
         super().parse_arguments(parser, args)
+
+    def before_instantiate_classes(self) -> None:
+        self.save_config_kwargs["config_filename"] = f"{self.subcommand}.yaml"  # testing keeps the settings of training
 
     def _parse_ckpt_path(self) -> None:
         """Nothing left to do: ``parse_arguments`` has read the checkpoint."""

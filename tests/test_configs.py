@@ -12,7 +12,7 @@ from lightning_sea.distillation import DistillationConfig
 from lightning_sea.tasks import OptimizerConfig
 
 ROOT = Path(__file__).parent.parent / "configs"
-FRAGMENTS = sorted(ROOT.glob("trainer/*.yaml")) + [ROOT / "glue" / "dense.yaml"]
+FRAGMENTS = [*sorted(ROOT.glob("trainer/*.yaml")), ROOT / "glue" / "dense.yaml"]
 COMPLETE = sorted(set(ROOT.glob("**/*.yaml")) - set(FRAGMENTS))
 GROUPS = {"sea": SEAConfig, "distillation": DistillationConfig, "optimizer": OptimizerConfig}
 

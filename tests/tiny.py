@@ -81,6 +81,6 @@ class RandomData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         sampler = ShardSampler(len(self.items), *self.world)
-        return DataLoader(self.items, self.batch_size, sampler=sampler, collate_fn=self.collate)
+        return DataLoader(self.items, batch_size=self.batch_size, sampler=sampler, collate_fn=self.collate)
 
     test_dataloader = predict_dataloader = val_dataloader

@@ -68,10 +68,10 @@ class BidirectionalDecoder(nn.Module):
         self.rows = nn.Linear(2 * head_dim, 4 * self.width)
         self.first = nn.Conv2d(channels + 2 * num_heads * pooled, channels, 3, stride=(2, 1), padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
-        self.last = nn.Conv2d(channels, num_heads, 3, padding=1)
+        # no bias: it would add the same to all bins of a head, which their softmax does not see
+        self.last = nn.Conv2d(channels, num_heads, 3, padding=1, bias=False)
         if pooled:  # as in the causal decoder
             nn.init.zeros_(self.last.weight)
-            nn.init.zeros_(self.last.bias)
 
     def forward(self, encoded: Tensor, pooled: Tensor | None, real_rows: Tensor, start: Tensor) -> Tensor:
         """Scores; arguments as for ``CausalDecoder``, with ``start [N]`` the items' first real row."""

@@ -92,12 +92,13 @@ class DistillationModule(LightningModule):
         self.attention = attention
         self.estimator_steps = estimator_steps if attention == "sea" else 0
         self.export_dir = export_dir
-        self.student, self._new_weights = self._build_student(model, sea, layers)
+        self.student = self._build_student(model, sea, layers).train()  # it was loaded in evaluation mode
         self.teacher_name = teacher
         self._teacher: tuple[PreTrainedModel, ...] = ()  # in a tuple, so that it is no submodule
         self.keep_records = False
         self.layer_records: list[tuple[LayerRecord, LayerRecord]] = []
         self._seed: int | None = None
+        self._idle: list[torch.nn.Parameter] = []
         # Plain types only: anything else would not load again with torch.load(weights_only=True).
         self.save_hyperparameters(
             {
@@ -162,18 +163,18 @@ class DistillationModule(LightningModule):
 
     def _load_plain(self, name: str) -> tuple[PreTrainedModel, list[str]]:
         model, report = self.auto_class.from_pretrained(
-            resolve_model(name), dtype=torch.float32, output_loading_info=True, **self.model_options()
+            resolve_model(name),
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the head of another task
+            **self.model_options(),
         )
-        return model, sorted(report["missing_keys"])
+        return model, sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
 
-    def _build_student(
-        self, name: str, sea: SEAConfig | None, layers: list[int] | None
-    ) -> tuple[PreTrainedModel, list[str]]:
+    def _build_student(self, name: str, sea: SEAConfig | None, layers: list[int] | None) -> PreTrainedModel:
         if not _is_sea(name):
-            model, new_weights = self._load_plain(name)
-            if self.attention == "sea":
-                adapt.convert(model, sea or SEAConfig(), layers)
-            return model, new_weights
+            model, _ = self._load_plain(name)
+            return adapt.convert(model, sea or SEAConfig(), layers) if self.attention == "sea" else model
         if self.attention == "dense":
             raise ValueError(f"model is {name!r}, a SEA model, with attention='dense': pass the plain model")
         model = adapt.load_pretrained(resolve_model(name))
@@ -186,7 +187,7 @@ class DistillationModule(LightningModule):
             raise ValueError(f"layers is {layers}, but {name!r} was converted in layers {saved.layers}")
         if sea:
             adapt.set_k(model, sea.k)
-        return model, []
+        return model
 
     def export(self, directory: str | Path) -> None:
         """Save the student so that ``model`` (and, for a plain one, ``teacher``) can name the directory.
@@ -213,7 +214,6 @@ class DistillationModule(LightningModule):
             self.student.config.pad_token_id = getattr(data, "pad_token_id", None)
 
     def on_fit_start(self) -> None:
-        self.student.train()  # from_pretrained returns models in evaluation mode, and the trainer leaves modes alone
         if self._seed is None:
             self._seed = torch.initial_seed()
         if self.attention == "sea":
@@ -278,7 +278,7 @@ class DistillationModule(LightningModule):
         DDP waits for a gradient of every parameter. Its own remedy, find_unused_parameters, walks the graph too, but
         then for good and all: here zeros stand in, and are dropped again before the optimiser's step.
         """
-        self._idle: list[torch.nn.Parameter] = []
+        self._idle = []
         if self.trainer.world_size == 1:
             return loss
         self._idle = parameters_without_gradient(loss, [p for p in self.student.parameters() if p.requires_grad])
