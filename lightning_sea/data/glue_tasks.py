@@ -1,8 +1,7 @@
 """The table of the classification tasks: the nine of GLUE and the embedded topics.
 
 Everything that differs between the tasks stands here once. The data module reads the columns, the labels and the file
-names; the training module reads ``num_labels``, ``metrics`` and ``monitor``; writing a submission reads
-``submission_files``.
+names; the training module reads ``num_labels`` and ``metrics``; writing a submission reads ``submission_files``.
 """
 
 from dataclasses import dataclass
@@ -30,12 +29,11 @@ class GLUETask:
     columns: one or two text columns, as named on the hub and in CSV, JSONL and Parquet files.
     labels: names in the order of their index; empty for regression (STS-B), whose label is a number of ``label_range``.
     metrics: names of its official metrics: "accuracy", "f1" (of class 1), "matthews", "pearson", "spearman".
-    monitor: the logged key that chooses the best checkpoint.
     folder: its folder in the official download.
     tsv_columns, tsv_label: the text columns and the label column of the official files.
     tsv_header: column names of official train and dev files that have no header line (CoLA).
     skip_short_rows: the official files have lines cut in the middle, which every user of them leaves out (QQP).
-    label_column: the label column on the hub and in CSV, JSONL and Parquet files.
+    label_column: the label column of CSV, JSONL and Parquet files; on the hub it is always "label".
     ignored_labels: rows with such a label are left out.
     validation_splits, test_splits, predict_splits: what ``validate``, ``test`` and ``predict`` go through. GLUE's own
         test labels are not public, so ``test`` uses its validation splits.
@@ -75,11 +73,6 @@ class GLUETask:
     def is_regression(self) -> bool:
         """Whether the label is a number instead of a class."""
         return not self.labels
-
-    @property
-    def monitor(self) -> str:
-        """Logged validation key that chooses the best checkpoint: the first metric, of the first validation split."""
-        return f"val/{self.metrics[0]}"
 
     def __post_init__(self) -> None:
         if not self.tsv_columns:

@@ -97,7 +97,11 @@ class SplitDataModule(LightningDataModule):
         return self.evaluation_loaders("test")
 
     def evaluation_loaders(self, stage: str) -> list[DataLoader]:
-        """One loader per loaded split of the stage, in which every row counts once over all processes."""
+        """One loader per loaded split of the stage, in which every row counts once over all processes.
+
+        So processes may have different numbers of batches, and an evaluation step must not communicate: metrics are
+        combined once, at the end of the epoch.
+        """
         return [
             evaluation_loader(self.rows(split), self.world, self.collate, self.eval_batch_size, self.num_workers)
             for split in self.stage_splits[stage]

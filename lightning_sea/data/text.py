@@ -108,7 +108,7 @@ class TextDataModule(SplitDataModule):
     def __init__(
         self,
         tokenizer: str,
-        source: str | dict[str, str] = "Salesforce/wikitext",
+        source: str | dict[str, str] = "embedded",
         seq_len: int = 512,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
