@@ -18,7 +18,7 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return Hasher.hash((type(tokenizer).__name__, content, tokenizer.special_tokens_map))
+    return Hasher.hash((type(tokenizer).__name__, content, tokenizer.special_tokens_map, tokenizer.truncation_side))
 
 
 def require_token(tokenizer: PreTrainedTokenizerBase, which: str, name: str, reason: str) -> int:
