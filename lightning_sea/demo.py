@@ -56,7 +56,7 @@ def run_row(task: str, row: str, config: str, output: str, overrides: Sequence[s
         cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     found = {name.removeprefix("test/"): float(value) for name, value in cli.trainer.callback_metrics.items()}
     found["metric"] = found[METRICS[task]]
-    found["peak_memory_mib"] = max(found["peak_memory_mib"], *peaks)
+    found["peak_memory_mib"] = max([found["peak_memory_mib"], *peaks])
     found["seconds"] = time.perf_counter() - begin
     numbers = {name: found[name] for name in COLUMNS if name in found}
     return {**numbers, "log_dir": cli.trainer.log_dir}
