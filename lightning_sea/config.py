@@ -35,7 +35,8 @@ class SEAConfig:
         feature_ratio: the linear attention has int(D ln(D) / feature_ratio) random features for head width D.
         redraw_interval: training steps between two draws of the random features; 0 never redraws.
         position_period: longest wavelength, in tokens, of the sinusoids that tell a causal estimator where a key is.
-        second_look_keys: keys kept by the first look, of which a second look at short runs leaves k; 0 turns it off.
+        first_look_ratio: the first look, at bins, keeps this many times k keys, of which a second look, at short runs,
+            leaves k. 1 turns the second look off, as in the paper: then bins grow coarse where inputs are long.
         second_look_width: keys per run of the second look, a power of two.
         window: keys before a row's own run that the second look always keeps; a multiple of second_look_width.
         query_stride: neighbouring rows that share one estimate, a power of two up to 32; 1 is the paper's.
@@ -52,7 +53,7 @@ class SEAConfig:
     k: int = 64
     predictor_length: int = 256
     bins: str = "aligned"
-    grouping: str = "causal_batch"
+    grouping: str = "query"
     keep_first: bool = True
     keep_own: bool = True
     pooling: str = "mean_bound"
@@ -61,7 +62,7 @@ class SEAConfig:
     feature_ratio: float = 1.0
     redraw_interval: int = 1000
     position_period: float = 65536.0
-    second_look_keys: int = 0
+    first_look_ratio: int = 4
     second_look_width: int = 4
     window: int = 0
     query_stride: int = 1
@@ -78,10 +79,12 @@ class SEAConfig:
         self._check_numbers()
         if self.pooling == "none" and self.decoder == "none":
             raise ValueError("pooling and decoder are both 'none': nothing would score the bins")
-        if self.second_look_keys:
+        if self.first_look_ratio > 1:
             self._check_second_look()
         elif self.window:
-            raise ValueError(f"window is {self.window} without a second look: set second_look_keys, or window to 0")
+            raise ValueError(
+                f"window is {self.window} without a second look: set first_look_ratio above 1, or window to 0"
+            )
 
     def _check_numbers(self) -> None:
         rules = {
@@ -96,7 +99,7 @@ class SEAConfig:
             "query_stride": (self.query_stride in (1, 2, 4, 8, 16, 32), "a power of two up to 32"),
             "jitter_probability": (0 <= self.jitter_probability <= 1, "between 0 and 1"),
             "jitter_keys": (0 <= self.jitter_keys < 1, "at least 0 and below 1"),
-            "second_look_keys": (self.second_look_keys >= 0, "at least 0"),
+            "first_look_ratio": (self.first_look_ratio >= 1, "at least 1"),
             "window": (self.window >= 0, "at least 0"),
         }
         for name, (holds, allowed) in rules.items():
@@ -107,17 +110,15 @@ class SEAConfig:
         width = self.second_look_width
         if width < 1 or width & (width - 1):
             raise ValueError(f"second_look_width is {width}, expected a power of two")
-        if self.second_look_keys < self.k:
-            raise ValueError(f"second_look_keys is {self.second_look_keys}, expected 0 or at least k = {self.k}")
         if self.bins != "aligned" or self.pooling == "none":
             raise ValueError(
-                f"second_look_keys is {self.second_look_keys} with bins={self.bins!r} and pooling={self.pooling!r}: "
-                "the second look needs bins='aligned' and pooled keys"
+                f"first_look_ratio is {self.first_look_ratio} with bins={self.bins!r} and pooling={self.pooling!r}: "
+                "a second look needs bins='aligned' and pooled keys; set first_look_ratio to 1"
             )
-        if self.window % width or self.window + 2 * width > self.k:
+        if self.window % width or (self.window and self.window + 2 * width > self.k):
             raise ValueError(
-                f"window is {self.window}, expected a multiple of second_look_width = {width} that leaves room for "
-                f"two runs within k = {self.k}"
+                f"window is {self.window}, expected 0 or a multiple of second_look_width = {width} that leaves "
+                f"room for two runs within k = {self.k}"
             )
 
     @classmethod
@@ -158,4 +159,5 @@ _PAPER = {
     "pooling": "none",
     "decoder": "conv",
     "upsampling": "nearest",
+    "first_look_ratio": 1,
 }

@@ -12,14 +12,15 @@ from lightning_sea.adapt import convert, load_pretrained, revert, save_pretraine
 from lightning_sea.config import SEAConfig
 from lightning_sea.recorder import AttentionRecorder
 
-SMALL = SEAConfig(k=6, predictor_length=32)
+SMALL = SEAConfig(k=6, predictor_length=32, first_look_ratio=1)
 CONFIGS = {
     "pooled": SMALL,
     "paper": SEAConfig.paper_opt(k=6, predictor_length=32),
+    "heads_compete": SMALL.replace(grouping="causal_batch"),
     "joined": SMALL.replace(decoder="conv", bins="relative"),
-    "second_look": SMALL.replace(k=12, second_look_keys=24, second_look_width=4),
+    "second_look": SMALL.replace(k=12, first_look_ratio=2),
     "stride": SMALL.replace(query_stride=4),
-    "second_look_stride": SMALL.replace(k=12, second_look_keys=24, query_stride=4),
+    "second_look_stride": SMALL.replace(k=12, first_look_ratio=2, query_stride=4),
 }
 
 

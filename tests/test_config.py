@@ -31,12 +31,12 @@ def test_every_field_is_documented():
         ({"predictor_length": 100}, "predictor_length is 100, expected a positive multiple of 32"),
         ({"bins": "round"}, "bins is 'round', expected one of"),
         ({"query_stride": 3}, "query_stride is 3"),
-        ({"pooling": "none"}, "nothing would score the bins"),
-        ({"window": 8}, "window is 8 without a second look"),
-        ({"second_look_keys": 32}, "second_look_keys is 32, expected 0 or at least k = 64"),
-        ({"second_look_keys": 128, "second_look_width": 3}, "second_look_width is 3, expected a power of two"),
-        ({"second_look_keys": 128, "bins": "relative"}, "needs bins='aligned'"),
-        ({"second_look_keys": 128, "window": 62}, "window is 62"),
+        ({"pooling": "none", "first_look_ratio": 1}, "nothing would score the bins"),
+        ({"window": 8, "first_look_ratio": 1}, "window is 8 without a second look"),
+        ({"first_look_ratio": 0}, "first_look_ratio is 0, expected at least 1"),
+        ({"second_look_width": 3}, "second_look_width is 3, expected a power of two"),
+        ({"bins": "relative"}, "needs bins='aligned'"),
+        ({"window": 62}, "window is 62"),
         ({"jitter_keys": 1.0}, "jitter_keys is 1.0"),
         ({"feature_ratio": 0}, "feature_ratio is 0"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
@@ -51,4 +51,4 @@ def test_paper_presets_have_our_additions_off():
     for config, bins in ((SEAConfig.paper_bert(), 128), (SEAConfig.paper_opt(), 256)):
         assert (config.pooling, config.bins, config.keep_first, config.keep_own) == ("none", "relative", False, False)
         assert config.predictor_length == bins
-        assert config.second_look_keys == 0
+        assert config.first_look_ratio == 1

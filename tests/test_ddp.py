@@ -28,7 +28,7 @@ def run(kind: str, directory: str, processes: int, batch_size: int) -> dict[str,
     arguments = {
         "model": directory,
         # no pooled keys: with a bin per key they estimate exactly, and Adam makes steps of what rounding leaves
-        "sea": SEAConfig(k=4, predictor_length=32, decoder="conv", pooling="none"),
+        "sea": SEAConfig(k=4, predictor_length=32, decoder="conv", pooling="none", first_look_ratio=1),
         "estimator_steps": ESTIMATOR_STEPS,
         "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.1, warmup_steps=1, schedule="cosine"),
     }

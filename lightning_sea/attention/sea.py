@@ -227,12 +227,12 @@ class SEAAttention(nn.Module):
         self, query: Tensor, key: Tensor, scores: Tensor, spans: RowSpans, *, scaling: float, shift: int, **place
     ) -> BinMask | RunMask:
         config = self.config
-        looks_twice = config.second_look_keys > 0
+        looks_twice = config.first_look_ratio > 1
         if config.grouping != "query":  # rows alone rank the same without
             scores = log_probabilities(scores, spans.length, config.bins)
         mask = ops.select_bins(
             scores,
-            k=config.second_look_keys if looks_twice else config.k,
+            k=config.k * config.first_look_ratio,
             layout=config.bins,
             grouping=config.grouping,
             keep_first=config.keep_first,

@@ -167,7 +167,7 @@ def test_every_parameter_is_used(decoder, pooling, causal):
     """DDP runs without a search for unused parameters."""
     if decoder == pooling == "none":
         return
-    config = SEAConfig(k=4, predictor_length=32, decoder=decoder, pooling=pooling)
+    config = SEAConfig(k=4, predictor_length=32, decoder=decoder, pooling=pooling, first_look_ratio=1)
     layer = SEAAttention(config, num_heads=4, num_kv_heads=2, head_dim=8, causal=causal)
     query, key, value = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
     context, estimate = layer(query, key, value, scaling=0.3)
@@ -189,7 +189,7 @@ def test_jitter_moves_edges_in_training_only():
 
 @pytest.mark.parametrize("stride", [2, 8])
 def test_rows_of_a_stride_share_the_first_rows_bins(stride):
-    config = SEAConfig(k=8, predictor_length=32, query_stride=stride)
+    config = SEAConfig(k=8, predictor_length=32, query_stride=stride, first_look_ratio=1)
     layer = SEAAttention(config, num_heads=2, num_kv_heads=2, head_dim=8, causal=True)
     tensors = [torch.randn(1, 2, 64, 8) for _ in range(3)]
     shared = layer.estimate(*tensors, scaling=0.3).mask
