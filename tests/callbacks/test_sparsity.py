@@ -8,7 +8,7 @@ from lightning_sea.recorder import AttentionRecorder
 from sea_kernels.masks import kept_keys
 from sea_kernels.spans import row_spans
 
-SMALL = {"k": 6, "predictor_length": 32}
+SMALL = {"k": 6, "predictor_length": 32, "first_look_ratio": 1}
 
 
 def records(module, batch):
