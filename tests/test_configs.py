@@ -1,9 +1,11 @@
 """Every shipped configuration is read by the command line's own parser, alone or with the fragments it is made for."""
 
 import functools
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_sea.cli import SEACLI, main
 from lightning_sea.config import SEAConfig
@@ -73,3 +75,15 @@ def test_paper_configurations_are_the_papers_presets(read):
     assert values("glue/mnli.yaml", "distillation") == DistillationConfig.paper_glue(num_heads=12)
     assert values("opt/opt_125m.yaml", "sea") == SEAConfig.paper_opt()
     assert values("opt/opt_125m.yaml", "distillation") == DistillationConfig.paper_opt()
+
+
+@pytest.mark.parametrize("attention", ["sea", "dense"])
+@pytest.mark.parametrize("name", ["lm", "classifier"])
+def test_demo_configurations_run(name, attention, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["lightning-sea"])
+    monkeypatch.chdir(tmp_path)
+    arguments = ["-c", str(ROOT / "demo" / f"{name}.yaml"), "--data.cache_dir", str(tmp_path)]
+    arguments += ["--data.batch_size", "1", "--trainer.enable_progress_bar", "false"]
+    cli = main(["fit", *arguments, "--model.attention", attention, "--trainer.fast_dev_run", "true"])
+    metric = {"lm": "perplexity", "classifier": "accuracy"}[name]
+    assert torch.isfinite(cli.trainer.callback_metrics[f"val/{metric}"])
