@@ -3,6 +3,7 @@
 from .distillation import TeacherStatistics, attention_loss, estimation_loss, kept_mass, reduce_rows, teacher_statistics
 from .export import count_keys, to_dense, to_flat_csr
 from .linear_attention import LinearState, linear_attention
+from .mix_average import mix_average
 from .pooled_scores import pooled_scores
 from .pooled_selection import pooled_selection
 from .second_look import second_look
@@ -17,6 +18,7 @@ __all__ = [
     "estimation_loss",
     "kept_mass",
     "linear_attention",
+    "mix_average",
     "pooled_scores",
     "pooled_selection",
     "reduce_rows",
