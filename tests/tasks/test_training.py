@@ -18,6 +18,7 @@ OPTIMIZER = OptimizerConfig(lr=1e-3, weight_decay=0.1, schedule="constant")
 
 
 def build(kind: str, directory: str, **arguments):
+    torch.manual_seed(0)  # SEA's own parameters start at random
     arguments = {"optimizer": OPTIMIZER, **arguments}
     if kind == "lm":
         return CausalLMModule(model=directory, **arguments)
@@ -103,7 +104,6 @@ def test_both_stages_start_from_the_same_estimation_loss(task, sea, tmp_path):
     seen = []
     for estimator_steps in (1, 0):
         losses = Losses()
-        torch.manual_seed(0)
         # one SEA layer, the first: before any step its queries, keys and values are the teacher's in both stages
         module = build(kind, directory, sea=sea, layers=[0], estimator_steps=estimator_steps)
         fit(module, data, 1, tmp_path, callbacks=[losses])
@@ -155,7 +155,6 @@ def test_a_killed_run_resumes_to_the_same_weights(task, sea, tmp_path):
                 raise Killed
 
     def module():
-        torch.manual_seed(0)  # SEA's own parameters start at random
         module = build(kind, directory, sea=sea, estimator_steps=3)
         for part in module.student.modules():
             if isinstance(part, torch.nn.Dropout):
