@@ -70,12 +70,12 @@ def sea_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.dtype != value.dtype:  # under autocast, rotary positions leave queries and keys in float32
         query, key = query.to(value.dtype), key.to(value.dtype)
-    estimate = None
+    recorder, estimate = getattr(module, "attention_recorder", None), None
     if hasattr(module, "sea"):
-        context, estimate = module.sea(query, key, value, scaling=scaling, attention_mask=attention_mask)
+        place = {"scaling": scaling, "attention_mask": attention_mask}
+        context, estimate = module.sea(query, key, value, with_scores=recorder is not None, **place)
     else:
         context = _softmax_attention(module, query, key, value, attention_mask, scaling, dropout)
-    recorder = getattr(module, "attention_recorder", None)
     if recorder is not None:
         recorder.records.append(
             LayerRecord(query, key, value, context, scaling, attention_mask, module.is_causal, estimate)

@@ -7,26 +7,6 @@ from sea_kernels.bins import bin_of
 from sea_kernels.spans import RowSpans
 
 
-def running_mean(value: Tensor, spans: RowSpans, num_heads: int) -> Tensor:
-    """Mean of the values that a row may see (causal form).
-
-    Args:
-        value: ``[N, G, S, D]``.
-        spans: of the T rows.
-        num_heads: H, a multiple of G.
-
-    Returns:
-        ``[N, H, T, D]`` in value's dtype, zero in padding rows.
-    """
-    num_rows, num_keys = spans.length.shape[1], value.shape[2]
-    key = torch.arange(num_keys, device=value.device)
-    real = (key >= spans.start[:, None])[:, None, :, None]
-    total = (value.float() * real).cumsum(2)[:, :, num_keys - num_rows :]
-    length = spans.length[:, None, :, None]
-    mean = torch.where(length > 0, total / length.clamp_min(1), 0)
-    return mean.to(value.dtype).repeat_interleave(num_heads // value.shape[1], dim=1)
-
-
 def estimated_mean(value: Tensor, probabilities: Tensor, spans: RowSpans, layout: str, shift: int) -> Tensor:
     """Values weighted by the estimated attention averaged over the real rows (bidirectional form).
 

@@ -14,7 +14,7 @@ class Estimate:
     """Estimated attention of one layer; nothing in it grows with T x S.
 
     Attributes:
-        scores: float ``[N, H, T, K]``, compressed scores Y (SEA, section 3.1), differentiable.
+        scores: float ``[N, H, T, K]``, compressed scores Y (SEA, section 3.1), differentiable; None where nobody asked.
         mask: which keys every row keeps.
         prob_scale: ``[N, H, T]`` in (0, 1), s_prob, scales the sparse attention.
         mix_scale: ``[N, H, T]`` in (0, 1), s_mix, share of the sparse attention in the output; None without an
@@ -24,7 +24,7 @@ class Estimate:
         length: int64 ``[N, T]``, keys that each row may see.
     """
 
-    scores: Tensor
+    scores: Tensor | None
     mask: BinMask | RunMask
     prob_scale: Tensor
     mix_scale: Tensor | None

@@ -11,7 +11,7 @@ from sea_kernels.masks import BinMask, RunMask
 from sea_kernels.spans import RowSpans, row_spans
 
 from ..config import SEAConfig
-from .average import estimated_mean, running_mean
+from .average import estimated_mean
 from .decoder import BidirectionalDecoder, CausalDecoder
 from .encoder import Encoder
 from .estimate import Estimate, log_probabilities
@@ -45,8 +45,11 @@ class SEAAttention(nn.Module):
                 f"grouping is {config.grouping!r}, which lets later rows decide over earlier ones: causal attention "
                 "needs 'query' or 'causal_batch'"
             )
-        if not causal and config.window:
-            raise ValueError(f"window is {config.window}, expected 0: bidirectional rows have no most recent keys")
+        if not causal and (config.window or config.query_stride > 1):
+            raise ValueError(
+                f"window is {config.window} and query_stride {config.query_stride}, expected 0 and 1: "
+                "bidirectional rows have no most recent keys"
+            )
         self.config = config
         self.num_heads, self.num_kv_heads, self.head_dim, self.causal = num_heads, num_kv_heads, head_dim, causal
         num_gates = 1 if config.average_context == "none" else 2
@@ -75,7 +78,14 @@ class SEAAttention(nn.Module):
             self.decoder_weight = nn.Parameter(torch.ones(self.num_heads))
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, attention_mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        attention_mask: Tensor | None = None,
+        with_scores: bool = True,
     ) -> tuple[Tensor, Estimate]:
         """Attend.
 
@@ -84,6 +94,7 @@ class SEAAttention(nn.Module):
             key, value: ``[N, G, S, D]``; the queries are the last T of the S positions.
             scaling: the host's score factor.
             attention_mask: bool or integer ``[N, S]``, nonzero at real tokens (contiguous), or None.
+            with_scores: whether the estimate shall hold its scores. Without, they need not exist in memory.
 
         Returns:
             The context ``[N, T, H, D]``, zero in padding rows, and what was estimated on the way.
@@ -91,39 +102,50 @@ class SEAAttention(nn.Module):
         Raises:
             ValueError: if shapes do not fit, or if the estimator needs rows that only a cache holds.
         """
-        spans = self._spans(query, key, attention_mask)
-        estimate = self.estimate(query, key, value, scaling=scaling, attention_mask=attention_mask)
+        bidirectional_mean = not self.causal and self.config.average_context != "none"
+        place = {"scaling": scaling, "attention_mask": attention_mask}
+        estimate = self.estimate(query, key, value, with_scores=with_scores or bidirectional_mean, **place)
         context = ops.sparse_attention(
             query,
             key,
             value,
             estimate.mask,
             causal=self.causal,
-            scaling=scaling,
-            attention_mask=attention_mask,
             row_scale=estimate.prob_scale,
             backend=self.config.backend,
+            **place,
         )
         if estimate.mix_scale is not None:
-            mix = estimate.mix_scale[..., None].to(context.dtype)
-            context = mix * context + (1 - mix) * self._average_context(value, estimate, spans)
-        real = (spans.length > 0)[:, None, :, None]
-        return (context * real).transpose(1, 2), estimate
+            context = self._mix_average(context, query, value, estimate, attention_mask)
+        return context.transpose(1, 2), estimate
 
     def estimate(
-        self, query: Tensor, key: Tensor, value: Tensor, *, scaling: float, attention_mask: Tensor | None = None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        attention_mask: Tensor | None = None,
+        with_scores: bool = True,
     ) -> Estimate:
         """Estimate the attention of every row without attending; arguments as for ``forward``."""
         spans = self._spans(query, key, attention_mask)
         self._check_cache(query.shape[2], key.shape[2])
         shift = self._draw_shift()
-        place = {"causal": self.causal, "attention_mask": attention_mask}
-        pooled = self._pooled_scores(query, key, scaling=scaling, shift=shift, **place)
-        encoded = None
+        place = {"scaling": scaling, "causal": self.causal, "attention_mask": attention_mask}
+        encoded = scores = None
         if self.config.decoder == "conv":
-            encoded = self._encode(query, key, value, spans, scaling=scaling, **place)
-        scores = self._scores(encoded, pooled, spans)
-        mask = self._select(query, key, scores.detach(), spans, scaling=scaling, shift=shift, **place)
+            encoded = self._encode(query, key, value, spans, **place)
+        if with_scores or not self._selects_from_keys():
+            pooled = self._pooled_scores(query, key, shift=shift, **place)
+            scores = self._scores(encoded, pooled, spans)
+        if self._selects_from_keys():
+            mask = self._select_from_keys(query, key, **place)
+        else:
+            mask = self._select_from_scores(scores.detach(), spans, key.shape[2], shift, attention_mask)
+        if self.config.first_look_ratio > 1:
+            mask = self._look_twice(query, key, mask, **place)
         gates = self.gates(query if encoded is None else encoded)
         return Estimate(
             scores=scores,
@@ -223,45 +245,80 @@ class SEAAttention(nn.Module):
             return decoded
         return self.decoder_weight[:, None, None] * decoded.float() + pooled
 
-    def _select(
-        self, query: Tensor, key: Tensor, scores: Tensor, spans: RowSpans, *, scaling: float, shift: int, **place
-    ) -> BinMask | RunMask:
+    def _selects_from_keys(self) -> bool:
+        """Whether pooled keys alone decide, every row and head for itself: then no scores need to be stored."""
         config = self.config
-        looks_twice = config.first_look_ratio > 1
+        return config.decoder == "none" and config.grouping == "query" and config.bins == "aligned"
+
+    def _select_from_keys(self, query: Tensor, key: Tensor, **place) -> BinMask:
+        config = self.config
+        return ops.pooled_selection(
+            query,
+            key,
+            k=config.k * config.first_look_ratio,
+            num_bins=config.predictor_length,
+            mean_weight=self.mean_weight,
+            bound_weight=self._bound_weight(),
+            keep_first=config.keep_first,
+            keep_own=config.keep_own,
+            stride=config.query_stride,
+            backend=config.backend,
+            **place,
+        )
+
+    def _select_from_scores(
+        self, scores: Tensor, spans: RowSpans, num_keys: int, shift: int, attention_mask: Tensor | None
+    ) -> BinMask:
+        config = self.config
         if config.grouping != "query":  # rows alone rank the same without
             scores = log_probabilities(scores, spans.length, config.bins)
         mask = ops.select_bins(
             scores,
             k=config.k * config.first_look_ratio,
+            causal=self.causal,
             layout=config.bins,
             grouping=config.grouping,
             keep_first=config.keep_first,
             keep_own=config.keep_own,
-            num_keys=key.shape[2],
+            num_keys=num_keys,
+            attention_mask=attention_mask,
             shift=shift,
+            backend=config.backend,
+        )
+        if config.query_stride > 1:
+            mask = share_rows(mask, spans, config.query_stride, keep_own=config.keep_own)
+        return mask
+
+    def _look_twice(self, query: Tensor, key: Tensor, mask: BinMask, **place) -> RunMask:
+        config = self.config
+        return ops.second_look(
+            query,
+            key,
+            mask,
+            k=config.k,
+            width=config.second_look_width,
+            window=config.window,
+            mean_weight=self.mean_weight,
+            bound_weight=self._bound_weight(),
+            keep_first=config.keep_first,
+            stride=config.query_stride,
             backend=config.backend,
             **place,
         )
-        if looks_twice:
-            mask = ops.second_look(
-                query,
-                key,
-                mask,
-                k=config.k,
-                width=config.second_look_width,
-                window=config.window,
-                scaling=scaling,
-                mean_weight=self.mean_weight,
-                bound_weight=self.bound_weight if config.pooling == "mean_bound" else None,
-                keep_first=config.keep_first,
-                backend=config.backend,
-                **place,
-            )
-        if config.query_stride > 1:
-            mask = share_rows(mask, spans, config.query_stride, causal=self.causal, keep_own=config.keep_own)
-        return mask
 
-    def _average_context(self, value: Tensor, estimate: Estimate, spans: RowSpans) -> Tensor:
+    def _bound_weight(self) -> Tensor | None:
+        return self.bound_weight if self.config.pooling == "mean_bound" else None
+
+    def _mix_average(
+        self, context: Tensor, query: Tensor, value: Tensor, estimate: Estimate, attention_mask: Tensor | None
+    ) -> Tensor:
+        """Output = s_mix * sparse context + (1 - s_mix) * average context."""
         if self.causal:
-            return running_mean(value, spans, self.num_heads)
-        return estimated_mean(value, estimate.probabilities(), spans, estimate.layout, estimate.shift)
+            return ops.mix_average(
+                context, value, estimate.mix_scale, attention_mask=attention_mask, backend=self.config.backend
+            )
+        spans = self._spans(query, value, attention_mask)
+        average = estimated_mean(value, estimate.probabilities(), spans, estimate.layout, estimate.shift)
+        mix = estimate.mix_scale[..., None].to(context.dtype)
+        real = (spans.length > 0)[:, None, :, None]
+        return mix * context + (1 - mix) * average * real

@@ -5,15 +5,16 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from lightning_sea.attention import SEAAttention
-from lightning_sea.attention.average import estimated_mean, running_mean
+from lightning_sea.attention import SEAAttention, sea
+from lightning_sea.attention.average import estimated_mean
 from lightning_sea.attention.decoder import BidirectionalDecoder, CausalDecoder
 from lightning_sea.attention.encoder import Encoder
 from lightning_sea.attention.features import RandomFeatures, num_features, orthogonal_projection
 from lightning_sea.attention.gates import EncodedGates
 from lightning_sea.attention.positions import SinusoidPositions, stretched_identity
 from lightning_sea.config import SEAConfig
-from sea_kernels.masks import BinMask, pack_bits
+from sea_kernels import mix_average
+from sea_kernels.masks import BinMask, pack_bits, unpack_bits
 from sea_kernels.spans import row_spans
 
 GOLDEN = ("causal_T20", "bidir_head")
@@ -55,7 +56,8 @@ def test_average_context_matches_the_authors(golden):
     value, expected = golden["v"], golden["average_context_layer"]
     spans = spans_of(golden)
     if golden["causal"]:
-        torch.testing.assert_close(running_mean(value, spans, value.shape[1]), expected, atol=1e-5, rtol=1e-5)
+        nothing = torch.zeros(value.shape[:3])
+        torch.testing.assert_close(mix_average(value, value, nothing), expected, atol=1e-5, rtol=1e-5)
         return
     # the authors' weights are not normalised: ours are theirs divided by their sum
     ours = estimated_mean(value, golden["estimated_attention_probs"], spans, "relative", 0)
@@ -66,7 +68,7 @@ def test_average_context_matches_the_authors(golden):
     torch.testing.assert_close(constant, torch.ones_like(constant), atol=1e-5, rtol=0)
 
 
-def test_the_whole_output_matches_the_authors_given_their_estimate(golden):
+def test_the_whole_output_matches_the_authors_given_their_estimate(golden, monkeypatch):
     """Sparse attention, average, mix (bidirectional: the selection too) in our forward, from their scores and gates."""
     head_dim, num_heads = golden["q"].shape[-1], golden["q"].shape[1]
     grouping, k = ("causal_batch", 4) if golden["causal"] else ("head", 7)
@@ -78,9 +80,10 @@ def test_the_whole_output_matches_the_authors_given_their_estimate(golden):
     layer.gates.forward = lambda _: golden["estimated_scales"].sigmoid().movedim(-1, 0)
     if golden["causal"]:  # four neighbouring bins tie there, and ties are broken in another order
         bits = pack_bits(golden["partial_attention_mask_before_interp"] > -1)
-        layer._select = lambda *_, **__: BinMask(bits, 32, "relative")
+        layer._select_from_scores = lambda *_, **__: BinMask(bits, 32, "relative")
     else:  # ours normalises the average's weights on purpose
-        layer._average_context = lambda *_: golden["average_context_layer"]
+        real = (spans_of(golden).length > 0)[:, None, :, None]
+        monkeypatch.setattr(sea, "estimated_mean", lambda *_: golden["average_context_layer"] * real)
     context, _ = layer(golden["q"], golden["k"], golden["v"], scaling=golden["scaling"], attention_mask=golden["valid"])
     real = spans_of(golden).length > 0
     torch.testing.assert_close(context.flatten(2)[real], golden["context"][real], atol=1e-5, rtol=1e-5)
@@ -176,6 +179,18 @@ def test_every_parameter_is_used(decoder, pooling, causal):
     assert not unused
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_scores_that_nobody_asks_for_change_nothing(causal):
+    config = SEAConfig(k=4, predictor_length=32)
+    layer = SEAAttention(config, num_heads=4, num_kv_heads=2, head_dim=8, causal=causal)
+    query, key, value = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 8)
+    context, estimate = layer(query, key, value, scaling=0.3)
+    without, bare = layer(query, key, value, scaling=0.3, with_scores=False)
+    assert torch.equal(context, without)
+    assert estimate.scores is not None
+    assert (bare.scores is None) == causal  # the bidirectional average needs them
+
+
 def test_jitter_moves_edges_in_training_only():
     config = SEAConfig.paper_opt(k=4, predictor_length=32, jitter_probability=1.0)
     layer = SEAAttention(config, num_heads=2, num_kv_heads=2, head_dim=8, causal=True)
@@ -187,9 +202,10 @@ def test_jitter_moves_edges_in_training_only():
     assert layer._draw_shift() == 0
 
 
+@pytest.mark.parametrize("grouping", ["query", "causal_batch"])
 @pytest.mark.parametrize("stride", [2, 8])
-def test_rows_of_a_stride_share_the_first_rows_bins(stride):
-    config = SEAConfig(k=8, predictor_length=32, query_stride=stride, first_look_ratio=1)
+def test_rows_of_a_stride_share_the_first_rows_bins(stride, grouping):
+    config = SEAConfig(k=8, predictor_length=32, query_stride=stride, first_look_ratio=1, grouping=grouping)
     layer = SEAAttention(config, num_heads=2, num_kv_heads=2, head_dim=8, causal=True)
     tensors = [torch.randn(1, 2, 64, 8) for _ in range(3)]
     shared = layer.estimate(*tensors, scaling=0.3).mask
@@ -198,5 +214,5 @@ def test_rows_of_a_stride_share_the_first_rows_bins(stride):
     assert isinstance(shared, BinMask)
     leader = torch.arange(64) // stride * stride
     assert torch.equal(shared.bits & alone.bits[:, :, leader], alone.bits[:, :, leader])
-    extra = (shared.bits ^ alone.bits[:, :, leader]).unique().tolist()
-    assert all(bin(word & 0xFFFFFFFF).count("1") <= 1 for word in extra)  # at most the row's own bin
+    extra = unpack_bits(shared.bits ^ alone.bits[:, :, leader], 32).sum(-1)
+    assert (extra <= torch.arange(64) - leader).all()  # at most the keys since the group began
