@@ -275,8 +275,8 @@ class DistillationModule(LightningModule):
     def _with_all_parameters(self, loss: Tensor) -> Tensor:
         """Tie parameters that this step does not use to the loss, when there are several processes.
 
-        DDP waits for a gradient of every parameter. Its own remedy, find_unused_parameters, walks the graph as this does,
-        but leaves zeros that Adam and weight decay act on. Here zeros are dropped again before the optimiser's step.
+        DDP waits for a gradient of every parameter. Its own remedy, find_unused_parameters, walks the graph as this
+        does, but leaves zeros that Adam and weight decay act on; these are dropped before the optimiser's step.
         """
         self._idle = []
         if self.trainer.world_size == 1:

@@ -200,12 +200,16 @@ def test_checkpoints_rebuild_the_module_and_measure_the_same(task, sea, tmp_path
     assert trainer.test(loaded, data, verbose=False) == [measured]
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+ON_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="half precision with gradient scaling needs a GPU")
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true", pytest.param("16-mixed", marks=ON_GPU)])
 def test_precision_flags_train(task, sea, tmp_path, precision):
     kind, directory, data = task
     losses = Losses()
     module = build(kind, directory, sea=sea, estimator_steps=2)
-    fit(module, data, 4, tmp_path, precision=precision, callbacks=[losses])
+    accelerator = "gpu" if precision == "16-mixed" else "cpu"
+    fit(module, data, 4, tmp_path, accelerator=accelerator, precision=precision, callbacks=[losses])
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
     assert all(torch.isfinite(torch.tensor(list(step.values()))).all() for step in losses.steps)
 
