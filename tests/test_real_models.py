@@ -9,8 +9,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_sea.adapt import convert, sea_layers
 from lightning_sea.config import SEAConfig
+from lightning_sea.distillation import estimation_losses
 from lightning_sea.recorder import AttentionRecorder
-from sea_kernels import estimation_loss, reduce_rows, teacher_statistics
 
 pytestmark = pytest.mark.slow
 
@@ -89,10 +89,7 @@ def test_one_distillation_step_lowers_the_loss(pretrained):
 def _estimation_loss(layers, records):
     total = torch.zeros(())
     for layer, record in zip(layers, records, strict=True):
-        place = {"causal": record.causal, "layout": layer.config.bins}
-        statistics = teacher_statistics(record.query, record.key, num_bins=32, scaling=record.scaling, **place)
         estimate = layer.estimate(record.query, record.key, record.value, scaling=record.scaling)
-        rows = estimation_loss(estimate.scores, statistics, **place)
-        kl, square_error = reduce_rows(*rows, causal=record.causal)
-        total = total + 0.1 * kl + square_error
+        losses = estimation_losses(record, estimate)
+        total = total + 0.1 * losses["est_kl"] + losses["est_mse"]
     return total

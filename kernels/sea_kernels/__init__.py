@@ -1,6 +1,6 @@
 """Operations of SEA attention, one folder each: a PyTorch form and, where it exists, a Triton form."""
 
-from .distillation import TeacherStatistics, attention_loss, estimation_loss, kept_mass, reduce_rows, teacher_statistics
+from .distillation import TeacherStatistics, attention_loss, estimation_loss, kept_mass, teacher_statistics
 from .export import count_keys, to_dense, to_flat_csr
 from .linear_attention import LinearState, linear_attention
 from .mix_average import mix_average
@@ -21,7 +21,6 @@ __all__ = [
     "mix_average",
     "pooled_scores",
     "pooled_selection",
-    "reduce_rows",
     "second_look",
     "select_bins",
     "sparse_attention",

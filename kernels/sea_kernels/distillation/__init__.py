@@ -1,8 +1,7 @@
 """Distillation of attention maps in memory linear in the length (SEA, section 3.4): no T x T map ever exists.
 
 An estimated row e is constant inside a bin, so its distance from a teacher's row t needs only the teacher's mass per
-bin and two numbers per row (:class:`TeacherStatistics`). All losses come per row; :func:`reduce_rows` averages them as
-the publication does.
+bin and two numbers per row (:class:`TeacherStatistics`). All losses come per row; how to average them is the caller's.
 """
 
 from typing import NamedTuple
@@ -15,7 +14,7 @@ from ..checks import check_bins, check_choice, check_mask, check_qkv, check_same
 from ..masks import BinMask, RunMask
 from ..spans import row_spans
 
-__all__ = ["TeacherStatistics", "attention_loss", "estimation_loss", "kept_mass", "reduce_rows", "teacher_statistics"]
+__all__ = ["TeacherStatistics", "attention_loss", "estimation_loss", "kept_mass", "teacher_statistics"]
 
 
 class TeacherStatistics(NamedTuple):
@@ -238,45 +237,6 @@ def kept_mass(
     from . import reference
 
     return reference.kept_mass(query, key, mask, spans, causal=causal, scaling=scaling)
-
-
-def reduce_rows(
-    kl: Tensor,
-    square_error: Tensor,
-    *,
-    causal: bool,
-    num_keys: int | None = None,
-    attention_mask: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Average losses of rows as the publication's implementation does, which differs between its two settings.
-
-    - KL, causal: the sum over all rows and heads, divided by the number of real rows times H (``batchmean`` over rows).
-    - KL, bidirectional: divided by the number of real rows only; heads add up.
-    - Squared error, both: divided by N * H * T * S, the whole square with its masked part and its padding.
-
-    In the publication the squared error counts padding rows too, whose attention is meaningless; here they are 0.
-
-    Args:
-        kl: ``[N, H, T]``, 0 in padding rows.
-        square_error: ``[N, H, T]``, 0 in padding rows.
-        causal: which of the two settings.
-        num_keys: S, at least T. None for T.
-        attention_mask: bool or integer ``[N, S]``, nonzero at real keys, one contiguous run per item.
-
-    Returns:
-        Mean KL divergence and mean squared error, two scalars.
-
-    Raises:
-        ValueError: if the shapes do not fit.
-    """
-    check_shape("kl", kl, (None,) * 3, "[batch, num_heads, num_queries]")
-    check_shape("square_error", square_error, tuple(kl.shape), "kl's [batch, num_heads, num_queries]")
-    batch, heads, num_queries = kl.shape
-    num_keys = num_queries if num_keys is None else num_keys
-    spans = row_spans(batch, num_queries, num_keys, causal=causal, attention_mask=attention_mask, device=kl.device)
-    real_rows = (spans.length > 0).sum().clamp_min(1)
-    mean_kl = kl.sum() / (real_rows * (heads if causal else 1))
-    return mean_kl, square_error.sum() / (square_error.numel() * num_keys)
 
 
 def _check_layout(num_bins: int, layout: Layout, shift: int) -> None:
