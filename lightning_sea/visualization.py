@@ -15,7 +15,7 @@ from sea_kernels.bins import bin_of
 from sea_kernels.masks import BinMask, RunMask, kept_keys
 from sea_kernels.spans import RowSpans, row_spans
 
-from .attention.average import estimated_mean, running_mean
+from .attention.average import estimated_mean
 from .attention.estimate import Estimate
 from .recorder import AttentionRecorder, LayerRecord
 
@@ -191,6 +191,7 @@ def _result(record: LayerRecord, estimate: Estimate, spans: RowSpans, item: int,
     """The layer's own operations with the identity as values give their weights."""
     query, key = _query_and_key(record, item, head)
     identity = torch.eye(key.shape[2], device=key.device)[None, None]
+    attention_mask = None if record.attention_mask is None else record.attention_mask[item : item + 1]
     weights = ops.sparse_attention(
         query,
         key,
@@ -198,14 +199,13 @@ def _result(record: LayerRecord, estimate: Estimate, spans: RowSpans, item: int,
         estimate.mask,
         causal=record.causal,
         scaling=record.scaling,
-        attention_mask=None if record.attention_mask is None else record.attention_mask[item : item + 1],
+        attention_mask=attention_mask,
         row_scale=estimate.prob_scale,
     )
-    if estimate.mix_scale is not None:
+    if estimate.mix_scale is not None and record.causal:
+        weights = ops.mix_average(weights, identity, estimate.mix_scale, attention_mask=attention_mask)
+    elif estimate.mix_scale is not None:
         mix = estimate.mix_scale[..., None].float()
-        if record.causal:
-            average = running_mean(identity, spans, 1)
-        else:
-            average = estimated_mean(identity, estimate.probabilities(), spans, estimate.layout, estimate.shift)
+        average = estimated_mean(identity, estimate.probabilities(), spans, estimate.layout, estimate.shift)
         weights = mix * weights + (1 - mix) * average
     return weights[0, 0]
