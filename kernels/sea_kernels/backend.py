@@ -1,5 +1,6 @@
 """Which implementation of an operation runs: an explicit choice never falls back to another."""
 
+import functools
 import importlib.util
 from typing import Literal
 
@@ -10,6 +11,7 @@ Backend = Literal["auto", "reference", "triton"]
 BACKENDS = ("auto", "reference", "triton")
 
 
+@functools.cache
 def has_triton() -> bool:
     """Whether the Triton package is installed (it is not on every platform)."""
     return importlib.util.find_spec("triton") is not None

@@ -18,12 +18,15 @@ class BinMask:
         num_bins: K, a multiple of 32.
         layout: how bins stretch to keys, see ``bins.py``.
         shift: edge jitter in 1/256 of a key (relative layout only).
+        most_keys: no row keeps more keys than this beside those that sharing rows added, where whoever selected the
+            bins knows; sizes buffers.
     """
 
     bits: Tensor
     num_bins: int
     layout: Layout
     shift: int = 0
+    most_keys: int | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,22 @@ def window_start(position: Tensor, mask: RunMask) -> Tensor:
     """First key of each row's always-kept window, counted from the item's first real key."""
     first = torch.div(position, mask.stride, rounding_mode="floor") * mask.stride
     return (torch.div(first, mask.width, rounding_mode="floor") * mask.width - mask.window).clamp_min(0)
+
+
+def group_leaders(spans: RowSpans, stride: int) -> Tensor:
+    """The row whose estimate each row uses if ``stride`` positions share one: int64 ``[N, T]``.
+
+    It is the first real row of its group of positions that is among the queries. Padding rows lead themselves.
+    """
+    row = torch.arange(spans.position.shape[1], device=spans.position.device)
+    leader = row - spans.position % stride
+    first = (row - spans.position).clamp_min(0)  # row of the item's first real key, or row 0 if a cache holds it
+    return torch.where(spans.length > 0, torch.maximum(leader, first), row)
+
+
+def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Rows ``rows [N, T]`` of ``tensor [N, H, T, C]``."""
+    return tensor.gather(2, rows[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
 
 
 def pack_bits(keep: Tensor) -> Tensor:

@@ -49,11 +49,7 @@ def row_spans(
     Raises:
         ValueError: if the shapes do not fit, or (on the CPU) if an item's real keys are not contiguous.
     """
-    if num_keys < num_queries or (not causal and num_keys != num_queries):
-        raise ValueError(
-            f"num_keys is {num_keys} with num_queries {num_queries}: causal attention needs num_keys >= num_queries, "
-            "bidirectional attention needs them equal"
-        )
+    _check_lengths(num_queries, num_keys, causal)
     if attention_mask is None:
         start = torch.zeros(batch, dtype=torch.int64, device=device)
         real = torch.full((batch,), num_keys, dtype=torch.int64, device=device)
@@ -65,11 +61,35 @@ def row_spans(
     return RowSpans(start, torch.where(inside, length, 0), position)
 
 
-def _mask_span(attention_mask: Tensor, batch: int, num_keys: int) -> tuple[Tensor, Tensor]:
+def check_rows(
+    batch: int, num_queries: int, num_keys: int, *, causal: bool, attention_mask: Tensor | None = None
+) -> None:
+    """Raise what ``row_spans`` raises, without launching anything on a GPU."""
+    _check_lengths(num_queries, num_keys, causal)
+    if attention_mask is not None:
+        if attention_mask.is_cuda:
+            _check_mask_shape(attention_mask, batch, num_keys)
+        else:
+            _mask_span(attention_mask, batch, num_keys)
+
+
+def _check_lengths(num_queries: int, num_keys: int, causal: bool) -> None:
+    if num_keys < num_queries or (not causal and num_keys != num_queries):
+        raise ValueError(
+            f"num_keys is {num_keys} with num_queries {num_queries}: causal attention needs num_keys >= num_queries, "
+            "bidirectional attention needs them equal"
+        )
+
+
+def _check_mask_shape(attention_mask: Tensor, batch: int, num_keys: int) -> None:
     if attention_mask.shape != (batch, num_keys):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}, expected [batch, num_keys] = {(batch, num_keys)}"
         )
+
+
+def _mask_span(attention_mask: Tensor, batch: int, num_keys: int) -> tuple[Tensor, Tensor]:
+    _check_mask_shape(attention_mask, batch, num_keys)
     mask = attention_mask != 0
     start, real = mask.int().argmax(-1), mask.sum(-1)
     if not mask.is_cuda:  # on a GPU this check would stall the stream; converted models check once per forward

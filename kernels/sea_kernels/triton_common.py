@@ -58,3 +58,14 @@ def aligned_level(length, num_levels, NUM_BINS: tl.constexpr):
     for step in range(0, num_levels):
         level += (length > (NUM_BINS << step)).to(tl.int32)
     return level
+
+
+@triton.jit
+def group_rows(group, offset, stride):
+    """Position of the first row of each group of ``stride`` positions, and the group's first row among the queries.
+
+    group: index counted from the group of the first real query; offset: position of query row 0, negative where the
+    queries begin with padding.
+    """
+    leader = (tl.maximum(offset, 0) // stride + group) * stride
+    return leader, tl.maximum(leader, tl.maximum(offset, 0)) - offset

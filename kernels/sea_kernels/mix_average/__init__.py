@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..backend import Backend, choose_backend
 from ..checks import check_same_device, check_shape
-from ..spans import row_spans
+from ..spans import check_rows, row_spans
 
 __all__ = ["mix_average"]
 
@@ -43,14 +43,14 @@ def mix_average(
     if heads % value.shape[1]:
         raise ValueError(f"context has {heads} heads, expected a multiple of value's {value.shape[1]} heads")
     check_same_device(context=context, value=value, mix=mix, attention_mask=attention_mask)
-    spans = row_spans(
-        batch, num_queries, value.shape[2], causal=True, attention_mask=attention_mask, device=context.device
-    )
+    rows = (batch, num_queries, value.shape[2])
+    check_rows(*rows, causal=True, attention_mask=attention_mask)
     exists = context.element_size() <= 4
     if choose_backend(backend, context, triton_exists=exists, operation="mix_average") == "triton":
         from .gradient import TritonMix
 
-        return TritonMix.apply(context, value, mix, spans, attention_mask)
+        return TritonMix.apply(context, value, mix, attention_mask)
     from . import reference
 
+    spans = row_spans(*rows, causal=True, attention_mask=attention_mask, device=context.device)
     return reference.mix_average(context, value, mix, spans)

@@ -5,7 +5,7 @@ from torch import Tensor
 from ..backend import Backend, choose_backend, fits_kernels
 from ..checks import check_bins, check_qkv, check_same_device, check_shape
 from ..masks import BinMask
-from ..spans import row_spans
+from ..spans import check_rows, row_spans
 
 __all__ = ["pooled_selection"]
 
@@ -71,9 +71,8 @@ def pooled_selection(
     if stride < 1 or num_bins % stride or (stride > 1 and not causal):
         allowed = f"a divisor of num_bins {num_bins}" if causal else "1 with causal=False"
         raise ValueError(f"stride is {stride}, expected {allowed}")
-    spans = row_spans(
-        batch, num_queries, key.shape[2], causal=causal, attention_mask=attention_mask, device=query.device
-    )
+    rows = (batch, num_queries, key.shape[2])
+    check_rows(*rows, causal=causal, attention_mask=attention_mask)
     options = {"k": k, "num_bins": num_bins, "causal": causal, "scaling": scaling, "mean_weight": mean_weight}
     options |= {"bound_weight": bound_weight, "keep_first": keep_first, "keep_own": keep_own, "stride": stride}
     exists = fits_kernels(query) and (keep_own or not causal)
@@ -84,7 +83,20 @@ def pooled_selection(
     else:
         from . import reference
 
+        spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)
         bits = reference.pooled_selection(
             query.detach(), key.detach(), spans=spans, attention_mask=attention_mask, **options
         )
-    return BinMask(bits, num_bins, "aligned")
+    forced = keep_first + keep_own
+    return BinMask(bits, num_bins, "aligned", most_keys=_most_keys(k, num_bins, key.shape[2], forced))
+
+
+def _most_keys(k: int, num_bins: int, num_keys: int, forced: int) -> int:
+    """Keys that a row selects at most, over all bin widths that occur."""
+    most, width = 0, 1
+    while True:
+        bins = max((2 * k + width) // (2 * width), forced, 1)
+        most = max(most, width * min(num_bins, bins))
+        if num_bins * width >= num_keys:
+            return most
+        width *= 2

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..bins import bin_of
 from ..chunks import working_dtype
-from ..masks import pack_bits
+from ..masks import group_leaders, pack_bits, take_rows
 from ..pooled_scores import pooled_scores
 from ..select_bins import select_bins
 from ..spans import RowSpans
@@ -53,16 +53,12 @@ def pooled_selection(
 
 def _share(bits: Tensor, spans: RowSpans, stride: int, num_bins: int, keep_own: bool) -> Tensor:
     """Bits of the first row of every group of ``stride`` positions for all rows of the group."""
-    length, position = spans.length, spans.position
-    leader = torch.div(position, stride, rounding_mode="floor") * stride
-    row = torch.arange(bits.shape[2], device=bits.device)
-    source = (row - (position - leader)).clamp_min(0)  # the group's first row may lie before the queries
-    # … or be padding: then the item's first real row leads.
-    source = torch.where(length > 0, torch.maximum(source, (row - position).clamp_min(0)), row)
-    shared = bits.gather(2, source[:, None, :, None].expand(-1, bits.shape[1], -1, bits.shape[3]))
+    shared = take_rows(bits, group_leaders(spans, stride))
     if not keep_own:
         return shared
-    own, begin = (bin_of(place, length, num_bins, "aligned")[..., None] for place in (position, leader))
+    length, position = spans.length, spans.position
+    begin = position - position % stride
+    own, begin = (bin_of(place, length, num_bins, "aligned")[..., None] for place in (position, begin))
     index = torch.arange(num_bins, device=bits.device)
     near = (index >= begin) & (index <= own) & (length > 0)[..., None]
     return shared | pack_bits(near)[:, None]

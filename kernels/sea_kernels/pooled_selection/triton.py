@@ -1,9 +1,7 @@
 """Triton form of the pooled selection.
 
-First, the keys of every bin of every width are pooled once per query head. With center = (max + min) / 2 and half =
-(max - min) / 2, the score ``a q.mean + c sum_d max(q_d min_d, q_d max_d)`` is ``q.(a mean + c center) + |q|.(c half)``:
-a bin is two vectors, *near* and *far*. Then a program scores a block of rows against the K bins of their width on the
-matrix units and finds each row's threshold by bisection, in registers.
+A program scores a block of rows against the pooled keys of the K bins of their width on the matrix units and finds each
+row's threshold by bisection, in registers.
 """
 
 import torch
@@ -11,7 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import aligned_level, count_levels, item_span, item_spans, on_device, row_span, with_dense_rows
+from ..triton_common import (
+    aligned_level,
+    count_levels,
+    group_rows,
+    item_span,
+    item_spans,
+    on_device,
+    row_span,
+    with_dense_rows,
+)
+from ..triton_pooling import pool_bins
+from ..triton_ranking import pack_largest
 
 
 def pooled_selection(
@@ -70,97 +79,6 @@ def pooled_selection(
     return bits
 
 
-def pool_bins(
-    key: Tensor,
-    heads: int,
-    num_bins: int,
-    levels: int,
-    spans: Tensor | None,
-    scaling: float,
-    mean_weight: Tensor,
-    bound_weight: Tensor | None,
-) -> Tensor:
-    """Near and far vectors of all bins: ``[N, H, levels, K, 1 or 2, D]`` in key's dtype (near alone without bound)."""
-    batch, groups, num_keys, head_dim = key.shape
-    parts = 1 if bound_weight is None else 2
-    pooled = key.new_empty(batch, heads, levels, num_bins, parts, head_dim)
-    _pool_kernel[(levels * num_bins, groups, batch)](
-        key,
-        pooled,
-        spans,
-        mean_weight,
-        bound_weight,
-        *key.stride()[:3],
-        num_keys,
-        levels,
-        heads // groups,
-        scaling,
-        HEAD_DIM=head_dim,
-        HEAD_PADDED=triton.next_power_of_2(head_dim),
-        PARTS=parts,
-        NUM_BINS=num_bins,
-        HAS_PADDING=spans is not None,
-        num_warps=1,
-    )
-    return pooled
-
-
-@triton.jit(do_not_specialize=["num_keys", "levels", "heads_per_group", "scaling"])
-def _pool_kernel(
-    K,
-    POOLED,
-    SPANS,
-    MEAN_WEIGHT,
-    BOUND_WEIGHT,
-    k_item,
-    k_head,
-    k_row,
-    num_keys,
-    levels,
-    heads_per_group,
-    scaling,
-    HEAD_DIM: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
-    PARTS: tl.constexpr,
-    NUM_BINS: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-):
-    level, index = tl.program_id(0) // NUM_BINS, tl.program_id(0) % NUM_BINS
-    group, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
-    begin = index << level
-    end = tl.minimum(begin + (1 << level), real)
-    o_dim, o_tile = tl.arange(0, HEAD_PADDED), tl.arange(0, 16)
-    m_dim = o_dim < HEAD_DIM
-    K += item * k_item + group.to(tl.int64) * k_head
-    total = tl.zeros([HEAD_PADDED], tl.float32)
-    highest = tl.full([HEAD_PADDED], float("-inf"), tl.float32)
-    lowest = tl.full([HEAD_PADDED], float("inf"), tl.float32)
-    for offset in range(begin, end, 16):
-        o_key = offset + o_tile
-        m_key = (o_key < end)[:, None] & m_dim[None, :]
-        keys = tl.load(K + (first + o_key).to(tl.int64)[:, None] * k_row + o_dim[None, :], mask=m_key, other=0.0)
-        keys = keys.to(tl.float32)
-        total += tl.sum(keys, 0)
-        if PARTS == 2:
-            highest = tl.maximum(highest, tl.max(tl.where(m_key, keys, float("-inf")), 0))
-            lowest = tl.minimum(lowest, tl.min(tl.where(m_key, keys, float("inf")), 0))
-    filled = end > begin  # a bin without keys is never a candidate; zeros keep the products finite
-    highest, lowest = tl.where(filled, highest, 0.0), tl.where(filled, lowest, 0.0)
-    mean = total / tl.maximum(end - begin, 1).to(tl.float32)
-    for member in range(0, heads_per_group):
-        head = group * heads_per_group + member
-        near = mean * tl.load(MEAN_WEIGHT + head).to(tl.float32) * scaling
-        place = ((item * tl.num_programs(1) * heads_per_group + head) * levels + level) * NUM_BINS + index
-        p_out = POOLED + place * PARTS * HEAD_DIM + o_dim
-        if PARTS == 2:
-            half_bound = 0.5 * tl.load(BOUND_WEIGHT + head).to(tl.float32)
-            near += half_bound * scaling * (highest + lowest)
-            far = half_bound * tl.abs(scaling) * (highest - lowest)
-            tl.store(p_out + HEAD_DIM, far.to(POOLED.dtype.element_ty), mask=m_dim)
-        tl.store(p_out, near.to(POOLED.dtype.element_ty), mask=m_dim)
-
-
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_levels", "k", "stride"])
 def _select_kernel(
     Q,
@@ -194,8 +112,7 @@ def _select_kernel(
     offset = num_keys - num_queries - first  # position of row 0; negative where the queries begin with padding
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     if HAS_STRIDE:
-        leader = (tl.maximum(offset, 0) // stride + rows) * stride
-        rows = tl.maximum(leader, tl.maximum(offset, 0)) - offset
+        leader, rows = group_rows(rows, offset, stride)
     position, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
     level = aligned_level(length, num_levels, NUM_BINS)
 
@@ -231,7 +148,7 @@ def _select_kernel(
     if KEEP_OWN and not CAUSAL:
         candidates = candidates & (o_bin[None, :] != own[:, None])
     values = tl.where(candidates, scores, float("-inf"))
-    bits = _largest(values, lowest, used - forced_count, budget - forced_count, BINS_PADDED)  # [ROWS, HALVES]
+    bits = pack_largest(values, lowest, used - forced_count, budget - forced_count, BINS_PADDED)  # [ROWS, HALVES]
 
     HALVES: tl.constexpr = NUM_BINS // 16
     o_half = tl.arange(0, bits.shape[1])
@@ -263,49 +180,3 @@ def _half_words(begin, last, o_half):
     high = tl.minimum(tl.maximum(last[:, None] + 1 - 16 * o_half[None, :], 0), 16)
     one = low * 0 + 1
     return (one << high) - (one << tl.minimum(low, high))
-
-
-@triton.jit
-def _pack(keep, SIZE: tl.constexpr):
-    """``keep [ROWS, SIZE]`` (bool) to 16 bits in each of ``[ROWS, max(16, SIZE / 16)]``, by a matrix product."""
-    HALVES: tl.constexpr = 16 if SIZE < 256 else SIZE // 16
-    o_bin, o_half = tl.arange(0, SIZE)[:, None], tl.arange(0, HALVES)[None, :]
-    powers = tl.where((o_bin >> 4) == o_half, 1 << (o_bin & 15), 0).to(tl.float16)  # up to 2^15: exact
-    return tl.dot(tl.where(keep, 1.0, 0.0).to(tl.float16), powers).to(tl.int32)
-
-
-@triton.jit
-def _largest(values, lowest, count, budget, SIZE: tl.constexpr):
-    """Packed: the ``budget`` largest of each row's ``count`` candidates, the lowest index first among equals.
-
-    values: [ROWS, SIZE], -inf where there is no candidate; lowest: [ROWS], no candidate lies below.
-    """
-    every = budget >= count
-    highest = tl.max(values, 1)
-    # More than ``budget`` values lie above ``below``, at most ``budget`` above ``above``.
-    above = tl.where(every, float("-inf"), highest)
-    below = lowest - tl.abs(lowest) * 0.001 - 1e-30
-    searching = (budget > 0) & (every == 0)
-    wanted = budget.to(tl.float32)
-    while tl.max(searching.to(tl.int32)) > 0:
-        for _ in tl.static_range(2):
-            middle = 0.5 * below + 0.5 * above
-            found = tl.sum(tl.where(values > middle[:, None], 1.0, 0.0), 1)
-            searching = searching & (middle > below) & (middle < above)
-            above = tl.where(searching & (found <= wanted), middle, above)
-            below = tl.where(searching & (found > wanted), middle, below)
-            searching = searching & (found != wanted)
-    bits = _pack(values > above[:, None], SIZE)
-    left = tl.where(every, 0.0, wanted - tl.sum(tl.where(values > above[:, None], 1.0, 0.0), 1))
-    if tl.max(left) > 0:  # equal scores: bisect on their index
-        index = tl.arange(0, SIZE)
-        equal = (values > below[:, None]) & (values <= above[:, None]) & (left > 0)[:, None]
-        short, enough = count * 0 - 1, count * 0 + (SIZE - 1)
-        for _ in range(0, 14):
-            middle_index = (short + enough + 1) // 2
-            reached = tl.sum(tl.where(equal & (index[None, :] <= middle_index[:, None]), 1.0, 0.0), 1) >= left
-            reached = reached | (middle_index >= enough)
-            enough = tl.where(reached, tl.minimum(middle_index, enough), enough)
-            short = tl.where(reached, short, middle_index)
-        bits = bits | _pack(equal & (index[None, :] <= enough[:, None]), SIZE)
-    return bits

@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
-from ..backend import Backend, choose_backend
+from ..backend import Backend, choose_backend, fits_kernels
 from ..checks import check_mask, check_qkv, check_same_device, check_shape
-from ..masks import BinMask, RunMask
-from ..spans import row_spans
+from ..masks import BinMask, RunMask, group_leaders, take_rows
+from ..spans import check_rows, row_spans
 
 __all__ = ["second_look"]
+
+MAX_KERNEL_WIDTH = 64  # keys per run that one program of the Triton form pools
 
 
 def second_look(
@@ -24,6 +26,7 @@ def second_look(
     bound_weight: Tensor | None,
     keep_first: bool,
     attention_mask: Tensor | None = None,
+    stride: int = 1,
     backend: Backend = "auto",
 ) -> RunMask:
     """Keep the best short runs of keys among those that the coarse bins kept, about ``k`` keys per row and head.
@@ -53,6 +56,8 @@ def second_look(
         bound_weight: ``[H]``, weight of the bound, or None for means alone.
         keep_first: always keep the first run of keys.
         attention_mask: bool or integer ``[N, S]``, nonzero at real keys, one contiguous run per item.
+        stride: rows that share one estimate (causal only): those whose positions have the same quotient by it take the
+            runs of the first of them that is in ``query``, and a window that reaches back from there.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -78,6 +83,8 @@ def second_look(
     if window < 0 or window % width or (window and not causal):
         allowed = f"a non-negative multiple of width {width}" if causal else "0 with causal=False"
         raise ValueError(f"window is {window}, expected {allowed}")
+    if stride < 1 or (stride > 1 and not causal):
+        raise ValueError(f"stride is {stride}, expected {'at least 1' if causal else '1 with causal=False'}")
     check_same_device(
         query=query,
         coarse=coarse.bits,
@@ -85,25 +92,23 @@ def second_look(
         bound_weight=bound_weight,
         attention_mask=attention_mask,
     )
-    spans = row_spans(
-        batch, num_queries, key.shape[2], causal=causal, attention_mask=attention_mask, device=query.device
-    )
-    choose_backend(backend, query, triton_exists=False, operation="second_look")
-    from . import reference
-
+    rows = (batch, num_queries, key.shape[2])
+    check_rows(*rows, causal=causal, attention_mask=attention_mask)
     capacity = max(1, (2 * (k - window) + width) // (2 * width) - (1 if window else 0))
-    starts = reference.second_look(
-        query,
-        key,
-        coarse,
-        spans,
-        capacity=capacity,
-        width=width,
-        window=window,
-        causal=causal,
-        scaling=scaling,
-        mean_weight=mean_weight,
-        bound_weight=bound_weight,
-        keep_first=keep_first,
-    )
-    return RunMask(starts, width, window)
+    options = {"capacity": capacity, "width": width, "window": window, "causal": causal, "scaling": scaling}
+    options |= {"mean_weight": mean_weight, "bound_weight": bound_weight, "keep_first": keep_first}
+    exists = fits_kernels(query) and width <= MAX_KERNEL_WIDTH
+    if choose_backend(backend, query, triton_exists=exists, operation="second_look") == "triton":
+        from . import triton
+
+        starts = triton.second_look(
+            query.detach(), key.detach(), coarse, attention_mask=attention_mask, stride=stride, **options
+        )
+    else:
+        from . import reference
+
+        spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)
+        starts = reference.second_look(query, key, coarse, spans, **options)
+        if stride > 1:
+            starts = take_rows(starts, group_leaders(spans, stride))
+    return RunMask(starts, width, window, stride)

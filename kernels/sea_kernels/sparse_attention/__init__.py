@@ -5,7 +5,7 @@ from torch import Tensor
 from ..backend import Backend, choose_backend, fits_kernels
 from ..checks import check_mask, check_qkv, check_same_device, check_shape
 from ..masks import BinMask, RunMask
-from ..spans import row_spans
+from ..spans import check_rows, row_spans
 
 __all__ = ["sparse_attention"]
 
@@ -55,16 +55,16 @@ def sparse_attention(
         check_shape("row_scale", row_scale, (batch, heads, num_queries), "[batch, num_heads, num_queries]")
     bits = mask.bits if isinstance(mask, BinMask) else mask.starts
     check_same_device(query=query, mask=bits, attention_mask=attention_mask, row_scale=row_scale)
-    spans = row_spans(
-        batch, num_queries, key.shape[2], causal=causal, attention_mask=attention_mask, device=query.device
-    )
+    rows = (batch, num_queries, key.shape[2])
+    check_rows(*rows, causal=causal, attention_mask=attention_mask)
     exists = fits_kernels(query, value)
     if choose_backend(backend, query, triton_exists=exists, operation="sparse_attention") == "triton":
         from .gradient import TritonAttention
 
-        return TritonAttention.apply(query, key, value, row_scale, mask, spans, attention_mask, causal, scaling)
+        return TritonAttention.apply(query, key, value, row_scale, mask, attention_mask, causal, scaling)
     from . import reference
 
+    spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)
     return reference.sparse_attention(
         query, key, value, mask, spans, causal=causal, scaling=scaling, row_scale=row_scale
     )
