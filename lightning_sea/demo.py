@@ -29,7 +29,7 @@ COLUMNS = {  # name in the results: (heading, format)
 }
 
 
-def run_row(task: str, row: str, config: str, output: str, overrides: Sequence[str]) -> dict[str, float | str]:
+def run_row(task: str, row: str, config: str, output: str, overrides: Sequence[str]) -> dict[str, float | list[str]]:
     """One row: run the command line, then test on the held-out split.
 
     Args:
@@ -40,7 +40,7 @@ def run_row(task: str, row: str, config: str, output: str, overrides: Sequence[s
         overrides: further command line arguments.
 
     Returns:
-        The row's numbers under the keys of ``COLUMNS``, as far as it has them, and ``log_dir``.
+        The row's numbers under the keys of ``COLUMNS``, as far as it has them, and the paths of its ``pictures``.
     """
     from .cli import main
 
@@ -59,7 +59,8 @@ def run_row(task: str, row: str, config: str, output: str, overrides: Sequence[s
     found["peak_memory_mib"] = max([found["peak_memory_mib"], *peaks])
     found["seconds"] = time.perf_counter() - begin
     numbers = {name: found[name] for name in COLUMNS if name in found}
-    return {**numbers, "log_dir": cli.trainer.log_dir}
+    drawn = [path for callback in cli.trainer.callbacks for path in getattr(callback, "written", [])]
+    return {**numbers, "pictures": list(dict.fromkeys(map(str, drawn)))}
 
 
 def format_table(task: str, rows: dict[str, dict]) -> str:
@@ -102,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     for task, rows in results.items():
         print(f"\n{format_table(task, rows)}")
-        for picture in sorted(Path(rows["SEA"]["log_dir"], "attention").glob("*.png")):
+        for picture in rows["SEA"]["pictures"]:
             print(f"picture      {picture}")
     print(f"\nTensorBoard  tensorboard --logdir {options.output}")
     print(f"numbers      {options.output / 'results.json'}")
