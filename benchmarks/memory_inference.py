@@ -1,28 +1,32 @@
 """Peak memory of one SEA layer's inference forward on the CPU, as the length doubles: it should grow linearly.
 
-Every length runs in a process of its own, because a process's peak cannot be taken back. What is reported is the peak of
-its resident memory above what it held just before the forward pass: inputs and weights are not in it, the output is.
+Every length runs in a process of its own, because a peak cannot be taken back. What is reported is the peak of the
+resident memory, as Linux counts it, above what the process held just before the forward pass: inputs and weights are
+not in it, the output is. The C library is told to hand freed blocks back at once, so that its holes are not counted.
 
     python benchmarks/memory_inference.py --output benchmarks/results/memory_inference.json
 """
 
 import argparse
 import json
+import os
+import resource
 import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import torch
 
 from lightning_sea.attention import SEAAttention
-from lightning_sea.callbacks.memory import PeakMemory
 from lightning_sea.config import SEAConfig
 from lightning_sea.environment import commit, device_name, versions
 
 CONFIGS = {"default": SEAConfig(), "paper_opt": SEAConfig.paper_opt()}
 NUM_HEADS, HEAD_DIM = 12, 64
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @torch.inference_mode()
@@ -32,13 +36,12 @@ def measure(name: str, seq_len: int) -> dict[str, float]:
     sizes = {"num_heads": NUM_HEADS, "num_kv_heads": NUM_HEADS, "head_dim": HEAD_DIM}
     layer = SEAAttention(CONFIGS[name], **sizes, causal=True).eval()
 
-    memory = PeakMemory(torch.device("cpu"), rate=1000)
-
     def forward(length: int) -> dict[str, float]:
         query, key, value = torch.randn(3, 1, NUM_HEADS, length, HEAD_DIM)
-        before, begin = memory.start(), time.perf_counter()
+        before, begin = psutil.Process().memory_info().rss, time.perf_counter()
         layer(query, key, value, scaling=HEAD_DIM**-0.5)
-        return {"peak_mib": memory.read() - before, "seconds": time.perf_counter() - begin}
+        seconds, peak = time.perf_counter() - begin, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"peak_mib": (peak - before) / 2**20, "seconds": seconds}
 
     forward(64)  # what PyTorch loads and keeps at a first call is no cost of the length
     return forward(seq_len)
@@ -49,7 +52,7 @@ def run(name: str, seq_lens: list[int]) -> list[dict]:
     rows = []
     for seq_len in seq_lens:
         command = [sys.executable, __file__, "--measure", name, str(seq_len)]
-        result = subprocess.run(command, check=True, capture_output=True, text=True)
+        result = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, **ALLOCATOR})
         row = {"config": name, "seq_len": seq_len, **json.loads(result.stdout)}
         row["growth"] = row["peak_mib"] / rows[-1]["peak_mib"] if rows else None
         rows.append(row)
