@@ -2,6 +2,7 @@
 
 from .distillation import TeacherStatistics, attention_loss, estimation_loss, kept_mass, teacher_statistics
 from .export import count_keys, to_dense, to_flat_csr
+from .far_field import far_field_attention
 from .linear_attention import LinearState, linear_attention
 from .mix_average import mix_average
 from .pooled_scores import pooled_scores
@@ -16,6 +17,7 @@ __all__ = [
     "attention_loss",
     "count_keys",
     "estimation_loss",
+    "far_field_attention",
     "kept_mass",
     "linear_attention",
     "mix_average",

@@ -10,6 +10,18 @@ from .spans import RowSpans
 
 
 @dataclass(frozen=True)
+class RowBudget:
+    """How many bins a row that chose alone may keep (aligned layout): ``keys`` keys, but at least the forced bins."""
+
+    keys: int
+    forced: int
+
+    def most_bins(self, width: int) -> int:
+        """Bins of ``width`` keys that a row keeps at most, beside those that it added when sharing an estimate."""
+        return max((2 * self.keys + width) // (2 * width), self.forced, 1)
+
+
+@dataclass(frozen=True)
 class BinMask:
     """One bit per bin: row ``(n, h, t)`` keeps every key whose bin's bit is set.
 
@@ -18,15 +30,14 @@ class BinMask:
         num_bins: K, a multiple of 32.
         layout: how bins stretch to keys, see ``bins.py``.
         shift: edge jitter in 1/256 of a key (relative layout only).
-        most_keys: no row keeps more keys than this beside those that sharing rows added, where whoever selected the
-            bins knows; sizes buffers.
+        budget: bound of the bins of a row, where whoever selected them knows one; sizes buffers.
     """
 
     bits: Tensor
     num_bins: int
     layout: Layout
     shift: int = 0
-    most_keys: int | None = None
+    budget: RowBudget | None = None
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,12 @@ class EntryLists:
             window = (mask.window + mask.stride + BLOCK_ROWS) // mask.width + 3
             self.capacity = BLOCK_ROWS * self.slots + window
 
-    def chunks(self, bytes_per_block: int = 0) -> list[tuple[int, int]]:
-        """(first block, number of blocks) of every launch, if a block takes ``bytes_per_block`` beside its list."""
-        blocks = triton.cdiv(self.num_groups, BLOCK_ROWS)
+    def chunks(self) -> list[tuple[int, int]]:
+        """(first block, number of blocks) of every launch."""
+        return self.split(triton.cdiv(self.num_groups, BLOCK_ROWS))
+
+    def split(self, blocks: int, bytes_per_block: int = 0) -> list[tuple[int, int]]:
+        """The first ``blocks`` blocks in launches, if a block takes ``bytes_per_block`` beside its list."""
         bytes_per_block += 8 * self.capacity
         per_launch = max(1, LIST_BYTES // (bytes_per_block * self.batch * self.heads))
         return [(first, min(per_launch, blocks - first)) for first in range(0, blocks, per_launch)]

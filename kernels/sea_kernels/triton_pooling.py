@@ -148,8 +148,9 @@ def _pool_bins_kernel(
         keys = keys.to(tl.float32)
         total += tl.sum(keys, 0)
         if PARTS == 2:
-            highest = tl.maximum(highest, tl.max(tl.where(m_key, keys, float("-inf")), 0))
-            lowest = tl.minimum(lowest, tl.min(tl.where(m_key, keys, float("inf")), 0))
+            real_key = (o_key < end)[:, None]
+            highest = tl.maximum(highest, tl.max(tl.where(real_key, keys, float("-inf")), 0))
+            lowest = tl.minimum(lowest, tl.min(tl.where(real_key, keys, float("inf")), 0))
     filled = end > begin  # a bin without keys is never a candidate; zeros keep the products finite
     highest, lowest = tl.where(filled, highest, 0.0), tl.where(filled, lowest, 0.0)
     mean = total / tl.maximum(end - begin, 1).to(tl.float32)
@@ -185,15 +186,16 @@ def _pool_runs_kernel(
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
     o_run, o_dim = tl.program_id(0) * RUNS + tl.arange(0, RUNS), tl.arange(0, HEAD_PADDED)
     o_key = o_run[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]  # [RUNS, WIDTH]
-    m_key = (o_key < real)[:, :, None] & (o_dim < HEAD_DIM)[None, None, :]
+    real_key = (o_key < real)[:, :, None]
+    m_key = real_key & (o_dim < HEAD_DIM)[None, None, :]
     K += item * k_item + group.to(tl.int64) * k_head
     keys = tl.load(K + (first + o_key).to(tl.int64)[:, :, None] * k_row + o_dim[None, None, :], mask=m_key, other=0.0)
     keys = keys.to(tl.float32)
     count = tl.minimum(tl.maximum(real - o_run * WIDTH, 0), WIDTH)
     mean = tl.sum(keys, 1) / tl.maximum(count, 1).to(tl.float32)[:, None]
     filled = (count > 0)[:, None]
-    highest = tl.where(filled, tl.max(tl.where(m_key, keys, float("-inf")), 1), 0.0)
-    lowest = tl.where(filled, tl.min(tl.where(m_key, keys, float("inf")), 1), 0.0)
+    highest = tl.where(filled, tl.max(tl.where(real_key, keys, float("-inf")), 1), 0.0)
+    lowest = tl.where(filled, tl.min(tl.where(real_key, keys, float("inf")), 1), 0.0)
     m_out = (o_run < num_runs)[:, None] & (o_dim < HEAD_DIM)[None, :]
     for member in range(0, heads_per_group):
         head = group * heads_per_group + member

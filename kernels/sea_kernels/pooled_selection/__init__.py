@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ..backend import Backend, choose_backend, fits_kernels
 from ..checks import check_bins, check_qkv, check_same_device, check_shape
-from ..masks import BinMask
+from ..masks import BinMask, RowBudget
 from ..spans import check_rows, row_spans
 
 __all__ = ["pooled_selection"]
@@ -87,16 +87,4 @@ def pooled_selection(
         bits = reference.pooled_selection(
             query.detach(), key.detach(), spans=spans, attention_mask=attention_mask, **options
         )
-    forced = keep_first + keep_own
-    return BinMask(bits, num_bins, "aligned", most_keys=_most_keys(k, num_bins, key.shape[2], forced))
-
-
-def _most_keys(k: int, num_bins: int, num_keys: int, forced: int) -> int:
-    """Keys that a row selects at most, over all bin widths that occur."""
-    most, width = 0, 1
-    while True:
-        bins = max((2 * k + width) // (2 * width), forced, 1)
-        most = max(most, width * min(num_bins, bins))
-        if num_bins * width >= num_keys:
-            return most
-        width *= 2
+    return BinMask(bits, num_bins, "aligned", budget=RowBudget(k, keep_first + keep_own))

@@ -6,6 +6,8 @@ once per bin.) Then it reads them back into registers, finds each row's threshol
 starts in ascending order.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -18,6 +20,7 @@ from ..triton_pooling import pool_runs
 from ..triton_ranking import threshold, tie_cut
 
 TILE_RUNS = 32  # runs scored at a time
+SLOTS_PER_WARP = 128  # candidates of a row that one warp holds in registers
 
 
 def second_look(
@@ -46,19 +49,13 @@ def second_look(
         starts.fill_(-1)  # with a stride, no program visits rows of padding
     with on_device(query):
         pooled = pool_runs(key, heads, width, spans, scaling, mean_weight, bound_weight)
-        slots = triton.next_power_of_2(_most_candidates(coarse, num_keys, width))
         lists = EntryLists(coarse, num_keys, causal, spans, unit=width, stride=stride)
         # Per row: a score per candidate, the rank of each entry among the row's own, the first run of each rank.
-        shapes = {
-            "scores": (slots, torch.float32),
-            "ranks": (lists.capacity, torch.int16),
-            "begins": (slots, torch.int32),
-        }
-        scratch_bytes = BLOCK_ROWS * sum(size * dtype.itemsize for size, dtype in shapes.values())
-        for first_block, num_blocks in lists.chunks(scratch_bytes):
+        for first_block, num_blocks, slots in _launches(lists, coarse, num_queries, width):
             entries = lists.build(first_block, num_blocks)
             grid = (num_blocks, batch * heads)
-            scratch = [query.new_empty(*grid, size, BLOCK_ROWS, dtype=dtype) for size, dtype in shapes.values()]
+            sizes = {torch.float32: slots, torch.int16: lists.capacity, torch.int32: slots}
+            scratch = [query.new_empty(*grid, size, BLOCK_ROWS, dtype=dtype) for dtype, size in sizes.items()]
             _second_look_kernel[grid](
                 query,
                 pooled,
@@ -92,24 +89,46 @@ def second_look(
                 HAS_PADDING=spans is not None,
                 HAS_STRIDE=stride > 1,
                 PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-                num_warps=max(1, slots // 128),
+                num_warps=max(1, slots // SLOTS_PER_WARP),
                 num_stages=2,
             )
     return starts
 
 
-def _most_candidates(coarse: BinMask, num_keys: int, width: int) -> int:
-    """Runs that a row can choose from, at most."""
-    levels = count_levels(num_keys, coarse.num_bins)
-    most = coarse.most_keys if coarse.most_keys is not None else _most_bins(coarse.bits) << (levels - 1)
-    # Runs of rows whose bins are smaller than a run are bounded by the rows' length alone.
-    return max(1, min(triton.cdiv(num_keys, width), max(coarse.num_bins // 2, triton.cdiv(most, width))))
+def _launches(lists: EntryLists, coarse: BinMask, num_queries: int, width: int) -> list[tuple[int, int, int]]:
+    """(first block, number of blocks, slots) of every launch; rows of one bin width need equally many slots."""
+    num_bins, num_keys, stride = coarse.num_bins, lists.num_keys, lists.stride
+    levels = count_levels(num_keys, num_bins)
+    bounds = [_most_candidates(coarse, 1 << level, width, num_keys) for level in range(levels)]
+    if lists.spans is not None or not lists.causal:  # any row may be short
+        edges = {0}
+    else:
+        cached = num_keys - num_queries
+        rows = [max(0, (num_bins << level) - cached) for level in range(levels - 1)]
+        edges = {0} | {row // (stride * BLOCK_ROWS) for row in rows if row < num_queries}
+    blocks = triton.cdiv(lists.num_groups, BLOCK_ROWS)
+    launches = []
+    for first, last in itertools.pairwise([*sorted(edges), blocks]):
+        longest = min(num_keys, num_keys - num_queries + last * stride * BLOCK_ROWS)
+        shortest = num_keys - num_queries + max(0, first * BLOCK_ROWS - 1) * stride + 1 if first else 1
+        wanted = max(bounds[count_levels(shortest, num_bins) - 1 : count_levels(longest, num_bins)])
+        slots = max(16, triton.next_power_of_2(wanted))
+        if launches and launches[-1][2] == slots:
+            launches[-1] = (launches[-1][0], last - launches[-1][0], slots)
+        else:
+            launches.append((first, last - first, slots))
+    return [
+        (first + begin, size, slots)
+        for first, count, slots in launches
+        for begin, size in lists.split(count, BLOCK_ROWS * (8 * slots + 2 * lists.capacity))
+    ]
 
 
-def _most_bins(bits: Tensor) -> int:
-    """Largest number of bins of any row. Waits for the device."""
-    set_bits = torch.tensor([bin(byte).count("1") for byte in range(256)], dtype=torch.int16, device=bits.device)
-    return int(set_bits[bits.view(torch.uint8).int()].sum(-1).max())
+def _most_candidates(coarse: BinMask, bin_width: int, width: int, num_keys: int) -> int:
+    """Runs that a row with bins of ``bin_width`` keys can choose from, at most."""
+    most = coarse.num_bins if coarse.budget is None else min(coarse.num_bins, coarse.budget.most_bins(bin_width))
+    per_bin = max(1, bin_width // width)
+    return min(most * per_bin, triton.cdiv(min(num_keys, coarse.num_bins * bin_width), width))
 
 
 @triton.jit
@@ -178,21 +197,24 @@ def _second_look_kernel(
     count = tl.load(META + place * 2)
     level = tl.load(META + place * 2 + 1) - WIDTH_LEVEL  # log2 of an entry's runs
     o_tile = tl.arange(0, TILE)
-    p_rank = RANKS + place * (CAPACITY * ROWS) + o_row[:, None]
-    p_begin = BEGINS + place * (SLOTS * ROWS) + o_row[:, None]
-    p_score = SCORES + place * (SLOTS * ROWS) + o_row[:, None]
+    # Lanes are shuffled rows: of contiguous ones a thread would read four, and share each with seven other threads.
+    o_lane = ((o_row * 5) % ROWS)[:, None]
+    p_rank = RANKS + place * (CAPACITY * ROWS) + o_lane
+    p_begin = BEGINS + place * (SLOTS * ROWS) + o_lane
+    p_score = SCORES + place * (SLOTS * ROWS) + o_lane
+    o_entry = tl.arange(0, ROWS)  # as many entries at a time
     filled = tl.zeros([ROWS], tl.int32)
-    for begin in range(0, count, TILE):
-        m_entry = begin + o_tile < count
-        entry = tl.load(ENTRIES + begin + o_tile, mask=m_entry, other=0)
+    for begin in range(0, count, ROWS):
+        m_entry = begin + o_entry < count
+        entry = tl.load(ENTRIES + begin + o_entry, mask=m_entry, other=0)
         run = (entry >> 16).to(tl.int32) // WIDTH
         own = ((entry.to(tl.int32)[None, :] >> o_row[:, None]) & 1) != 0
         own = own & (run[None, :] < limit[:, None])
         one = own.to(tl.int32)
         rank = filled[:, None] + tl.cumsum(one, 1) - one
-        p_tile = p_rank + (begin + o_tile)[None, :] * ROWS
-        tl.store(p_tile, tl.where(own, rank, -1).to(tl.int16), mask=tl.broadcast_to(m_entry[None, :], (ROWS, TILE)))
-        tl.store(p_begin + rank * ROWS, tl.broadcast_to(run[None, :], (ROWS, TILE)), mask=own)
+        p_tile = p_rank + (begin + o_entry)[None, :] * ROWS
+        tl.store(p_tile, tl.where(own, rank, -1).to(tl.int16), mask=tl.broadcast_to(m_entry[None, :], (ROWS, ROWS)))
+        tl.store(p_begin + rank * ROWS, tl.broadcast_to(run[None, :], (ROWS, ROWS)), mask=own)
         filled += tl.sum(one, 1)
     filled = filled << level
     tl.debug_barrier()  # what other threads wrote is read below
