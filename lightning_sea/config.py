@@ -11,7 +11,7 @@ _CHOICES = {
     "pooling": ("none", "mean", "mean_bound"),
     "decoder": ("none", "conv"),
     "upsampling": ("nearest", "subpixel"),
-    "average_context": ("none", "mean"),
+    "average_context": ("none", "mean", "far"),
     "backend": ("auto", "reference", "triton"),
 }
 
@@ -40,8 +40,10 @@ class SEAConfig:
         second_look_width: keys per run of the second look, a power of two.
         window: keys before a row's own run that the second look always keeps; a multiple of second_look_width.
         query_stride: neighbouring rows that share one estimate, a power of two up to 32; 1 is the paper's.
-        average_context: what the sparse result is mixed with: the "mean" of the values (paper), or "none".
-        gate_bias: start of the two gates before their sigmoid; 3 starts them at 0.95.
+        average_context: what stands for the keys that are not kept: the "mean" of the values, mixed in by a gate
+            (paper); "none"; or "far": their bins enter the softmax, pooled around a learned centre of the head's
+            queries. That needs aligned bins and keep_own, has no gates, and starts well after ``calibrate``.
+        gate_bias: start of the gates before their sigmoid; 3 starts them at 0.95.
         jitter_probability: share of training batches whose relative bin edges are shifted.
         jitter_keys: largest such shift, in keys.
         backend: implementation of the operations: "auto", "reference" or "triton".
@@ -79,6 +81,11 @@ class SEAConfig:
         self._check_numbers()
         if self.pooling == "none" and self.decoder == "none":
             raise ValueError("pooling and decoder are both 'none': nothing would score the bins")
+        if self.average_context == "far" and not (self.bins == "aligned" and self.keep_own):
+            raise ValueError(
+                f"average_context is 'far' with bins={self.bins!r} and keep_own={self.keep_own}: the far field needs "
+                "bins='aligned' and keep_own=True"
+            )
         if self.first_look_ratio > 1:
             self._check_second_look()
         elif self.window:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sea_kernels as ops
 from sea_kernels.bins import bin_of
-from sea_kernels.masks import BinMask, RunMask, kept_keys
+from sea_kernels.masks import BinMask, kept_keys
 from sea_kernels.spans import RowSpans, row_spans
 
 from .attention.average import estimated_mean
@@ -81,7 +81,7 @@ def attention_matrices(
         - "teacher": softmax attention of the teacher,
         - "estimate": the estimated attention stretched to keys and normalised over them,
         - "mask": 1 at kept keys, else 0,
-        - "result": what multiplies the values in the end, gates and average context included.
+        - "result": what multiplies the values in the end, gates and average context or far field included.
 
     Raises:
         IndexError: if head or item does not exist.
@@ -142,17 +142,17 @@ def _item_spans(record: LayerRecord, item: int) -> RowSpans:
 def _one_head(estimate: Estimate, item: int, head: int) -> Estimate:
     place = (slice(item, item + 1), slice(head, head + 1))
     mask = estimate.mask
-    if isinstance(mask, BinMask):
-        mask = BinMask(mask.bits[place], mask.num_bins, mask.layout, mask.shift)
-    else:
-        mask = RunMask(mask.starts[place], mask.width, mask.window, mask.stride)
+    words = "bits" if isinstance(mask, BinMask) else "starts"
+    coarse, centre = estimate.coarse, estimate.centre
     return dataclasses.replace(
         estimate,
         scores=estimate.scores[place],
-        mask=mask,
-        prob_scale=estimate.prob_scale[place],
+        mask=dataclasses.replace(mask, **{words: getattr(mask, words)[place]}),
+        prob_scale=None if estimate.prob_scale is None else estimate.prob_scale[place],
         mix_scale=None if estimate.mix_scale is None else estimate.mix_scale[place],
         length=estimate.length[item : item + 1],
+        coarse=None if coarse is None else dataclasses.replace(coarse, bits=coarse.bits[place]),
+        centre=None if centre is None else centre[head : head + 1],
     )
 
 
@@ -192,16 +192,13 @@ def _result(record: LayerRecord, estimate: Estimate, spans: RowSpans, item: int,
     query, key = _query_and_key(record, item, head)
     identity = torch.eye(key.shape[2], device=key.device)[None, None]
     attention_mask = None if record.attention_mask is None else record.attention_mask[item : item + 1]
-    weights = ops.sparse_attention(
-        query,
-        key,
-        identity,
-        estimate.mask,
-        causal=record.causal,
-        scaling=record.scaling,
-        attention_mask=attention_mask,
-        row_scale=estimate.prob_scale,
-    )
+    place = {"causal": record.causal, "scaling": record.scaling, "attention_mask": attention_mask}
+    if estimate.centre is not None:
+        weights = ops.far_field_attention(
+            query, key, identity, estimate.mask, estimate.coarse, centre=estimate.centre, **place
+        )
+        return weights[0, 0]
+    weights = ops.sparse_attention(query, key, identity, estimate.mask, row_scale=estimate.prob_scale, **place)
     if estimate.mix_scale is not None and record.causal:
         weights = ops.mix_average(weights, identity, estimate.mix_scale, attention_mask=attention_mask)
     elif estimate.mix_scale is not None:

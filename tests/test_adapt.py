@@ -21,6 +21,9 @@ CONFIGS = {
     "second_look": SMALL.replace(k=12, first_look_ratio=2),
     "stride": SMALL.replace(query_stride=4),
     "second_look_stride": SMALL.replace(k=12, first_look_ratio=2, query_stride=4),
+    "far": SMALL.replace(average_context="far"),
+    "far_second_look": SMALL.replace(average_context="far", first_look_ratio=2, second_look_width=1),
+    "far_decoder": SMALL.replace(average_context="far", decoder="conv"),
 }
 
 
@@ -54,6 +57,16 @@ def test_keeping_every_key_reproduces_the_dense_model(family):
     dense = logits(model, ids)
     convert(model, SMALL.replace(k=40, average_context="none", gate_bias=40.0))
     torch.testing.assert_close(logits(model, ids), dense, atol=2e-4, rtol=2e-4)
+
+
+@pytest.mark.parametrize("ratio", [1, 2])
+@pytest.mark.parametrize("family", BUILDERS)
+def test_a_far_field_of_single_keys_reproduces_the_dense_model(family, ratio):
+    model = tiny_model(family)
+    ids = token_ids(2, 40)
+    dense = logits(model, ids)
+    convert(model, SMALL.replace(k=4, predictor_length=64, average_context="far", first_look_ratio=ratio))
+    torch.testing.assert_close(logits(spread_weights(model), ids), dense, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("family", BUILDERS)
@@ -111,10 +124,11 @@ def test_no_token_sees_the_future(family, name):
     assert not torch.equal(before[0, 25:], after[0, 25:])
 
 
+@pytest.mark.parametrize("name", ["pooled", "far", "far_second_look"])
 @pytest.mark.parametrize("family", CAUSAL)
-def test_generation_with_a_cache_equals_generation_without(family):
-    model = spread_weights(convert(tiny_model(family), SMALL))
-    ids = token_ids(2, 20)
+def test_generation_with_a_cache_equals_generation_without(family, name):
+    model = spread_weights(convert(tiny_model(family), CONFIGS[name]))
+    ids = token_ids(2, 30)
     options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 1, "eos_token_id": None}
     cached = model.generate(ids, use_cache=True, **options)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **options))

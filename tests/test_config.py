@@ -36,6 +36,8 @@ def test_every_field_is_documented():
         ({"first_look_ratio": 0}, "first_look_ratio is 0, expected at least 1"),
         ({"second_look_width": 3}, "second_look_width is 3, expected a power of two"),
         ({"bins": "relative"}, "needs bins='aligned'"),
+        ({"average_context": "far", "keep_own": False}, "keep_own=False: the far field needs bins='aligned'"),
+        ({"average_context": "far", "bins": "relative"}, "'far' with bins='relative'"),
         ({"window": 62}, "window is 62"),
         ({"jitter_keys": 1.0}, "jitter_keys is 1.0"),
         ({"feature_ratio": 0}, "feature_ratio is 0"),

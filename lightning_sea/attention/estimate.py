@@ -1,4 +1,4 @@
-"""What a SEA layer estimated: scores over bins, the mask that they select, and the two gates."""
+"""What a SEA layer estimated: scores over bins, the mask that they select, and the gates."""
 
 from dataclasses import dataclass
 
@@ -16,21 +16,25 @@ class Estimate:
     Attributes:
         scores: float ``[N, H, T, K]``, compressed scores Y (SEA, section 3.1), differentiable; None where nobody asked.
         mask: which keys every row keeps.
-        prob_scale: ``[N, H, T]`` in (0, 1), s_prob, scales the sparse attention.
-        mix_scale: ``[N, H, T]`` in (0, 1), s_mix, share of the sparse attention in the output; None without an
-            average context.
+        prob_scale: ``[N, H, T]`` in (0, 1), s_prob, scales the sparse attention; None with a far field.
+        mix_scale: ``[N, H, T]`` in (0, 1), s_mix, share of the sparse attention in the output; None without a mean to
+            mix it with.
         layout: how the K columns stretch to keys.
         shift: edge jitter of this batch, in 1/256 of a key.
         length: int64 ``[N, T]``, keys that each row may see.
+        coarse: what the first look kept, where a second one followed.
+        centre: ``[H, D]``, around which the far field pools keys; None without one.
     """
 
     scores: Tensor | None
     mask: BinMask | RunMask
-    prob_scale: Tensor
+    prob_scale: Tensor | None
     mix_scale: Tensor | None
     layout: str
     shift: int
     length: Tensor
+    coarse: BinMask | None = None
+    centre: Tensor | None = None
 
     def probabilities(self) -> Tensor:
         """The estimated compressed attention over K: float32 ``[N, H, T, K]``, see ``log_probabilities``."""

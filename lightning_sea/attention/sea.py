@@ -52,22 +52,25 @@ class SEAAttention(nn.Module):
             )
         self.config = config
         self.num_heads, self.num_kv_heads, self.head_dim, self.causal = num_heads, num_kv_heads, head_dim, causal
-        num_gates = 1 if config.average_context == "none" else 2
+        num_gates = {"none": 1, "mean": 2, "far": 0}[config.average_context]
         if config.decoder == "conv":
-            self._add_decoder(config, num_gates)
-        else:
+            self._add_decoder(config)
+        if num_gates and config.decoder == "conv":
+            self.gates = EncodedGates(head_dim, num_gates, config.gate_bias)
+        elif num_gates:
             self.gates = QueryGates(num_heads, head_dim, num_gates, config.gate_bias)
+        else:
+            self.centre = nn.Parameter(torch.zeros(num_heads, head_dim))
         if config.pooling != "none":
             share = 0.5 if config.pooling == "mean_bound" else 1.0
             self.mean_weight = nn.Parameter(torch.full((num_heads,), share))
         if config.pooling == "mean_bound":
             self.bound_weight = nn.Parameter(torch.full((num_heads,), 0.5))
 
-    def _add_decoder(self, config: SEAConfig, num_gates: int) -> None:
+    def _add_decoder(self, config: SEAConfig) -> None:
         pooled = config.pooling != "none"
         self.features = RandomFeatures(self.head_dim, config.feature_ratio)
         self.encoder = Encoder(self.head_dim)
-        self.gates = EncodedGates(self.head_dim, num_gates, config.gate_bias)
         sizes = (self.num_heads, self.head_dim, config.predictor_length)
         if self.causal:
             self.positions = SinusoidPositions(self.head_dim, config.position_period)
@@ -102,19 +105,16 @@ class SEAAttention(nn.Module):
         Raises:
             ValueError: if shapes do not fit, or if the estimator needs rows that only a cache holds.
         """
-        bidirectional_mean = not self.causal and self.config.average_context != "none"
+        bidirectional_mean = not self.causal and self.config.average_context == "mean"
         place = {"scaling": scaling, "attention_mask": attention_mask}
         estimate = self.estimate(query, key, value, with_scores=with_scores or bidirectional_mean, **place)
-        context = ops.sparse_attention(
-            query,
-            key,
-            value,
-            estimate.mask,
-            causal=self.causal,
-            row_scale=estimate.prob_scale,
-            backend=self.config.backend,
-            **place,
-        )
+        place |= {"causal": self.causal, "backend": self.config.backend}
+        if self.config.average_context == "far":
+            context = ops.far_field_attention(
+                query, key, value, estimate.mask, estimate.coarse, centre=self.centre, **place
+            )
+            return context.transpose(1, 2), estimate
+        context = ops.sparse_attention(query, key, value, estimate.mask, row_scale=estimate.prob_scale, **place)
         if estimate.mix_scale is not None:
             context = self._mix_average(context, query, value, estimate, attention_mask)
         return context.transpose(1, 2), estimate
@@ -144,17 +144,21 @@ class SEAAttention(nn.Module):
             mask = self._select_from_keys(query, key, **place)
         else:
             mask = self._select_from_scores(scores.detach(), spans, key.shape[2], shift, attention_mask)
+        coarse = None
         if self.config.first_look_ratio > 1:
-            mask = self._look_twice(query, key, mask, **place)
-        gates = self.gates(query if encoded is None else encoded)
+            coarse, mask = mask, self._look_twice(query, key, mask, **place)
+        far = self.config.average_context == "far"
+        gates = () if far else self.gates(query if encoded is None else encoded)
         return Estimate(
             scores=scores,
             mask=mask,
-            prob_scale=gates[0],
+            prob_scale=None if far else gates[0],
             mix_scale=gates[1] if len(gates) > 1 else None,
             layout=self.config.bins,
             shift=shift,
             length=spans.length,
+            coarse=coarse,
+            centre=self.centre if far else None,
         )
 
     def redraw_projection(self, generator: torch.Generator | None = None) -> None:

@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 import sea_kernels as ops
 from sea_kernels.spans import row_spans
@@ -19,7 +20,7 @@ class LayerSparsity(NamedTuple):
     visible: float
     kept: float
     kept_mass: float
-    prob_scale: float
+    prob_scale: float | None
     mix_scale: float | None
 
     def means(self) -> dict[str, float]:
@@ -28,11 +29,9 @@ class LayerSparsity(NamedTuple):
             "keys_per_query": self.kept / self.rows,
             "density": self.kept / self.visible,
             "kept_mass": self.kept_mass / self.rows,
-            "prob_scale": self.prob_scale / self.rows,
         }
-        if self.mix_scale is not None:
-            named["mix_scale"] = self.mix_scale / self.rows
-        return named
+        gates = {"prob_scale": self.prob_scale, "mix_scale": self.mix_scale}
+        return named | {name: total / self.rows for name, total in gates.items() if total is not None}
 
 
 @torch.no_grad()
@@ -61,9 +60,13 @@ def layer_sparsity(teacher: LayerRecord, student: LayerRecord) -> LayerSparsity:
         visible=float(num_heads * spans.length.sum()),
         kept=float(ops.count_keys(estimate.mask, num_keys=num_keys, **place).sum()),
         kept_mass=float(kept_mass.double().sum()),
-        prob_scale=float((estimate.prob_scale.double() * real).sum()),
-        mix_scale=None if estimate.mix_scale is None else float((estimate.mix_scale.double() * real).sum()),
+        prob_scale=_sum_real(estimate.prob_scale, real),
+        mix_scale=_sum_real(estimate.mix_scale, real),
     )
+
+
+def _sum_real(gate: Tensor | None, real: Tensor) -> float | None:
+    return None if gate is None else float((gate.double() * real).sum())
 
 
 class SparsityMonitor(RecordingCallback):
@@ -72,7 +75,7 @@ class SparsityMonitor(RecordingCallback):
     - ``{stage}/keys_per_query``: keys that a query keeps, mean over real rows and heads,
     - ``{stage}/density``: kept keys over keys that rows may see,
     - ``{stage}/kept_mass``: share of the teacher's attention that falls on kept keys, mean over real rows and heads,
-    - ``{stage}/prob_scale`` and ``{stage}/mix_scale``: means of the gates s_prob and s_mix,
+    - ``{stage}/prob_scale`` and ``{stage}/mix_scale``: means of the gates s_prob and s_mix, where they exist,
 
     and the same per layer as ``{stage}/layer_00/keys_per_query`` and so on. In training it looks at the steps that the
     trainer logs; in validation and testing at the first ``eval_batches`` batches. Time grows with T², as the teacher's

@@ -165,12 +165,14 @@ def test_pooled_decoders_start_as_no_correction(kind):
 
 @pytest.mark.parametrize("decoder", ["none", "conv"])
 @pytest.mark.parametrize("pooling", ["none", "mean", "mean_bound"])
+@pytest.mark.parametrize("average", ["mean", "far"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_every_parameter_is_used(decoder, pooling, causal):
+def test_every_parameter_is_used(decoder, pooling, causal, average):
     """DDP runs without a search for unused parameters."""
     if decoder == pooling == "none":
         return
-    config = SEAConfig(k=4, predictor_length=32, decoder=decoder, pooling=pooling, first_look_ratio=1)
+    options = {"decoder": decoder, "pooling": pooling, "average_context": average}
+    config = SEAConfig(k=4, predictor_length=32, first_look_ratio=1, **options)
     layer = SEAAttention(config, num_heads=4, num_kv_heads=2, head_dim=8, causal=causal)
     query, key, value = torch.randn(2, 4, 20, 8), torch.randn(2, 2, 20, 8), torch.randn(2, 2, 20, 8)
     context, estimate = layer(query, key, value, scaling=0.3)

@@ -10,6 +10,7 @@ from lightning_sea.visualization import attention_maps, attention_matrices
 from sea_kernels import estimation_loss, teacher_statistics
 
 SMALL = {"k": 6, "predictor_length": 32, "first_look_ratio": 1}
+FAR = {**SMALL, "average_context": "far", "first_look_ratio": 2, "second_look_width": 1}
 
 
 def records(module, batch):
@@ -21,9 +22,10 @@ def records(module, batch):
     return list(zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("knobs", [SMALL, FAR])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
-def test_the_result_map_times_the_values_is_the_layers_output(family, distiller, loader):
-    module = distiller(family, **SMALL)
+def test_the_result_map_times_the_values_is_the_layers_output(family, knobs, distiller, loader):
+    module = distiller(family, **knobs)
     (batch,) = loader([[48, 31]])
     for teacher, student in records(module, batch):
         for item, length in enumerate((48, 31)):

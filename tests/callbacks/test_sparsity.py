@@ -59,6 +59,14 @@ def test_numbers_are_those_of_the_dense_maps(family, distiller, loader):
             assert value == pytest.approx(float(expected[name]), rel=1e-5), name
 
 
+def test_a_far_field_has_no_gates_to_log(distiller, loader):
+    module = distiller("llama", **SMALL, average_context="far")
+    (batch,) = loader([[48, 31]])
+    for teacher, student in records(module, batch):
+        found = layer_sparsity(teacher, student).means()
+        assert found.keys() == {"keys_per_query", "density", "kept_mass"}
+
+
 def test_everything_kept_is_density_one_and_all_of_the_mass(distiller, loader):
     module = distiller("gpt2", k=64, predictor_length=32)
     (batch,) = loader([[48, 20]])
