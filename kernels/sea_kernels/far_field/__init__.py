@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..backend import Backend, choose_backend
+from ..backend import Backend, choose_backend, fits_kernels
 from ..checks import check_mask, check_qkv, check_same_device, check_shape
 from ..masks import BinMask, RunMask
 from ..spans import check_rows, row_spans
@@ -52,7 +52,7 @@ def far_field_attention(
         causal: whether a row sees only keys up to its own position. Bidirectional attention needs S = T.
         scaling: factor of the scores.
         attention_mask: bool or integer ``[N, S]``, nonzero at real keys, one contiguous run per item.
-        backend: "auto" or "reference"; there is no Triton form yet.
+        backend: "auto", "reference" or "triton".
 
     Returns:
         ``[N, H, T, E]`` in query's dtype, 0 in padding rows.
@@ -61,7 +61,8 @@ def far_field_attention(
         ValueError: if shapes, devices, layouts or the pair of masks do not fit, or (on the CPU) if a causal row does
             not keep its own position.
         TypeError: if ``kept`` is neither a BinMask nor a RunMask.
-        NotImplementedError: for ``backend="triton"``.
+        NotImplementedError: for ``backend="triton"`` where it cannot run: float64, or a second look with a window or
+            inside coarse bins that do not always hold the first and the row's own.
     """
     check_qkv(query, key, value)
     check_mask(kept, query.shape, causal)
@@ -71,13 +72,24 @@ def far_field_attention(
     check_same_device(query=query, kept=words, coarse=bins.bits, centre=centre, attention_mask=attention_mask)
     rows = (query.shape[0], query.shape[2], key.shape[2])
     check_rows(*rows, causal=causal, attention_mask=attention_mask)
-    choose_backend(backend, query, triton_exists=False, operation="far_field_attention")
+    exists = fits_kernels(query, value) and _fits_kernel(kept, coarse)
+    if choose_backend(backend, query, triton_exists=exists, operation="far_field_attention") == "triton":
+        from .gradient import TritonFarField
+
+        return TritonFarField.apply(query, key, value, centre, kept, coarse, attention_mask, causal, scaling)
     from . import reference
 
     spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)
     return reference.far_field_attention(
         query, key, value, kept, coarse, spans, centre=centre, causal=causal, scaling=scaling
     )
+
+
+def _fits_kernel(kept: BinMask | RunMask, coarse: BinMask | None) -> bool:
+    """Whether every key that a row keeps lies in one of its coarse bins: then those bins alone are split."""
+    if isinstance(kept, BinMask):
+        return True
+    return kept.window == 0 and coarse.budget is not None and coarse.budget.forced == 2
 
 
 def _check_bins(kept: BinMask | RunMask, coarse: BinMask | None, query: Tensor, causal: bool) -> BinMask:

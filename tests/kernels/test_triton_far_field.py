@@ -1,0 +1,78 @@
+"""The Triton form of the far field against the PyTorch form, in the interpreter where there is no GPU."""
+
+import pytest
+import torch
+
+from sea_kernels import far_field_attention, pooled_selection, second_look
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New tensors hold NaN, or the largest integer, until something is written to them."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_same(tensors, *, causal=True, attention_mask=None, stride=1, looks_twice=True, window=0, tolerance=1e-6):
+    """The Triton form's error against float64 is within ``tolerance`` of the result's size."""
+    query, key, value = (x.to(DEVICE) for x in tensors)
+    heads, width = query.shape[1], query.shape[-1]
+    place = {"causal": causal, "scaling": width**-0.5}
+    place["attention_mask"] = None if attention_mask is None else attention_mask.to(DEVICE)
+    ones = torch.ones(heads, device=DEVICE)
+    looks = {"mean_weight": ones, "bound_weight": ones, "stride": stride, "backend": "reference", **place}
+    coarse, kept = None, pooled_selection(query, key, k=40, num_bins=32, **looks)
+    if looks_twice:
+        coarse, kept = kept, second_look(query, key, kept, k=16, width=4, window=window, keep_first=True, **looks)
+    centre = 0.3 * torch.randn(heads, width, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    output = far_field_attention(query, key, value, kept, coarse, centre=centre, backend="triton", **place)
+    exact = [x.double() for x in (query, key, value)]
+    exact = far_field_attention(*exact, kept, coarse, centre=centre, backend="reference", **place)
+    assert output.dtype == query.dtype
+    assert (output.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("looks_twice", [True, False])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 150), (63, 63), (40, 150)])
+def test_causal_rows_match(random_qkv, queries, keys, looks_twice):
+    sizes = {"batch": 1, "heads": 2, "groups": 1, "width": 16, "value_width": 8}
+    tensors = [x.float() for x in random_qkv(queries=queries, keys=keys, **sizes)]
+    assert_same(tensors, looks_twice=looks_twice)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_padding_on_both_sides(random_qkv, padding_mask, stride):
+    tensors = [x.float() for x in random_qkv(heads=1, groups=1, queries=60, keys=150, width=8)]
+    assert_same(tensors, attention_mask=padding_mask(150, [(100, 0), (0, 21)]), stride=stride)
+
+
+def test_bidirectional_rows_match(random_qkv, padding_mask):
+    tensors = [x.float() for x in random_qkv(heads=1, groups=1, queries=140, width=8)]
+    assert_same(tensors, causal=False, attention_mask=padding_mask(140, [(10, 3), (140, 0)]))
+
+
+def test_half_precision_and_odd_widths(random_qkv):
+    tensors = [x.half() for x in random_qkv(batch=1, heads=1, groups=1, queries=100, width=27, value_width=20)]
+    assert_same(tensors, tolerance=2e-3)
+
+
+def test_gradients_are_the_reference_s(random_qkv):
+    tensors = [x.float().to(DEVICE).requires_grad_() for x in random_qkv(batch=1, queries=40, width=8)]
+    centre = torch.full((4, 8), 0.1, device=DEVICE, requires_grad=True)
+    kept = pooled_selection(
+        *tensors[:2], k=8, num_bins=32, causal=True, scaling=0.3, mean_weight=torch.ones(4, device=DEVICE)
+    )
+    grads = []
+    for backend in ("triton", "reference"):
+        output = far_field_attention(*tensors, kept, centre=centre, causal=True, scaling=0.3, backend=backend)
+        grads.append(torch.autograd.grad(output.square().sum(), [*tensors, centre]))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+def test_second_look_with_a_window_has_no_kernel(random_qkv):
+    tensors = [x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=20, width=8)]
+    with pytest.raises(NotImplementedError, match="no Triton form"):
+        assert_same(tensors, window=4)
