@@ -8,6 +8,7 @@ from torch import Tensor
 from ..triton_common import item_span, item_spans, on_device, row_span, with_dense_rows
 
 CHUNK = 64  # keys per program
+COLUMNS = 16  # of the values, whose running sum one program takes: few programs would leave a GPU idle
 
 
 def mix_average(context: Tensor, value: Tensor, mix: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -22,13 +23,13 @@ def mix_average(context: Tensor, value: Tensor, mix: Tensor, attention_mask: Ten
     sizes = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), "CHUNK": CHUNK, "HAS_PADDING": spans is not None}
     with on_device(context):
         _sum_kernel[(chunks, groups, batch)](value, sums, spans, *value.stride()[:3], num_keys, **sizes)
-        before = sums.cumsum(2) - sums
+        _prefix_kernel[(triton.cdiv(width, COLUMNS), batch * groups)](sums, chunks, WIDTH=width, COLUMNS=COLUMNS)
         first_chunk = (num_keys - num_queries) // CHUNK  # earlier chunks hold cached keys only
         _mix_kernel[(chunks - first_chunk, heads, batch)](
             context,
             value,
             mix,
-            before,
+            sums,
             out,
             spans,
             *context.stride()[:3],
@@ -65,6 +66,20 @@ def _sum_kernel(
     total = tl.sum(tl.load(p_value, mask=m_value, other=0.0).to(tl.float32), 0)
     place = (item * tl.num_programs(1) + group) * tl.num_programs(0) + chunk
     tl.store(SUMS + place * WIDTH + o_dim, total, mask=o_dim < WIDTH)
+
+
+@triton.jit(do_not_specialize=["chunks"])
+def _prefix_kernel(SUMS, chunks, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
+    """Replace each chunk's sum by the sum of the chunks before it."""
+    o_dim, o_tile = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS), tl.arange(0, 64)
+    SUMS += tl.program_id(1).to(tl.int64) * chunks * WIDTH
+    before = tl.zeros([COLUMNS], tl.float32)
+    for begin in range(0, chunks, 64):
+        m_sum = (begin + o_tile < chunks)[:, None] & (o_dim < WIDTH)[None, :]
+        p_sum = SUMS + (begin + o_tile)[:, None] * WIDTH + o_dim[None, :]
+        sums = tl.load(p_sum, mask=m_sum, other=0.0)
+        tl.store(p_sum, tl.cumsum(sums, 0) - sums + before[None, :], mask=m_sum)
+        before += tl.sum(sums, 0)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "first_chunk", "heads_per_group", "chunks"])
