@@ -36,7 +36,7 @@ def assert_same(tensors, *, causal=True, attention_mask=None, stride=1, looks_tw
 
 
 @pytest.mark.parametrize("looks_twice", [True, False])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 150), (63, 63), (40, 150)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 150), (40, 150)])
 def test_causal_rows_match(random_qkv, queries, keys, looks_twice):
     sizes = {"batch": 1, "heads": 2, "groups": 1, "width": 16, "value_width": 8}
     tensors = [x.float() for x in random_qkv(queries=queries, keys=keys, **sizes)]
@@ -45,8 +45,8 @@ def test_causal_rows_match(random_qkv, queries, keys, looks_twice):
 
 @pytest.mark.parametrize("stride", [1, 4])
 def test_padding_on_both_sides(random_qkv, padding_mask, stride):
-    tensors = [x.float() for x in random_qkv(heads=1, groups=1, queries=60, keys=150, width=8)]
-    assert_same(tensors, attention_mask=padding_mask(150, [(100, 0), (0, 21)]), stride=stride)
+    tensors = [x.float() for x in random_qkv(heads=1, groups=1, queries=50, keys=140, width=8)]
+    assert_same(tensors, attention_mask=padding_mask(140, [(100, 0), (0, 6)]), stride=stride)
 
 
 def test_bidirectional_rows_match(random_qkv, padding_mask):
