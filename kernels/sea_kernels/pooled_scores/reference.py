@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..bins import SHIFT_UNIT, Layout, aligned_width, bin_start
 from ..chunks import row_chunks, run_chunk, without_autocast
-from ..pooling import RunPool, query_features
+from ..pooling import RunPool, pool_once, query_features
 from ..spans import RowSpans
 
 
@@ -25,10 +25,10 @@ def bidirectional(
     """All rows of an item share its bins: pool once."""
     length = spans.length.amax(-1, keepdim=True)  # [N, 1]
     start, end = _pooled_runs(length, num_bins, layout, shift)
-    pool = RunPool(key, statistic, _longest_run(key.shape[2], num_bins, shift))
-    start, end = _absolute(start, end, spans, pool.num_keys)
+    run = _absolute(start, end, spans, key.shape[2])
     with without_autocast(query):
-        scores = _products(query_features(query, scaling, statistic), pool.pool(start, end).squeeze(2))
+        (pooled,) = pool_once(key, statistic, [run], _longest_run(key.shape[2], num_bins, shift))
+        scores = _products(query_features(query, scaling, statistic), pooled.squeeze(2))
     return _without_padding(scores, spans)
 
 
@@ -74,19 +74,21 @@ def causal_aligned(
     position = spans.position.clamp_min(0)
     width = aligned_width(position + 1, num_bins)
     own = position // width
-    pool = RunPool(key, statistic, _longest_run(num_keys, num_bins))
+    index = torch.arange(num_bins, device=key.device)
+    stretches = _equal_width_rows(width if padded else _unpadded_widths(num_queries, num_keys, num_bins))
+    runs = [_absolute((own * width)[..., None], (position + 1)[..., None], spans, num_keys)]
+    for rows in stretches:
+        step = width[:, rows.start, None, None]
+        runs.append(_absolute(index * step, (index + 1) * step, spans, num_keys))
     features = query_features(query, scaling, statistic)
     with without_autocast(query):
-        run = _absolute((own * width)[..., None], (position + 1)[..., None], spans, num_keys)
-        own_score = _own_products(features, pool.pool(*run).squeeze(3))
-        index = torch.arange(num_bins, device=key.device)
+        own_keys, *pooled_keys = pool_once(key, statistic, runs, _longest_run(num_keys, num_bins))
+        own_score = _own_products(features, own_keys.squeeze(3))
         scores = []
-        for rows in _equal_width_rows(width if padded else _unpadded_widths(num_queries, num_keys, num_bins)):
-            start = index * width[:, rows.start, None, None]  # [N, 1, K]
-            end = start + width[:, rows.start, None, None]
-            pooled = pool.pool(*_absolute(start, end, spans, num_keys)).squeeze(2)
+        for rows, pooled in zip(stretches, pooled_keys, strict=True):
             complete = (index < own[:, rows, None])[:, None]
-            scores.append(torch.where(complete, _products(features[:, :, rows], pooled), own_score[:, :, rows]))
+            products = _products(features[:, :, rows], pooled.squeeze(2))
+            scores.append(torch.where(complete, products, own_score[:, :, rows]))
     return _without_padding(torch.cat(scores, 2), spans)
 
 

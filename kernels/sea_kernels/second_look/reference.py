@@ -10,7 +10,7 @@ from torch import Tensor
 from ..bins import bin_of
 from ..chunks import row_chunks, without_autocast
 from ..masks import BinMask, unpack_bits
-from ..pooling import RunPool, query_features
+from ..pooling import pool_once, query_features
 from ..ranking import keep_largest, ordered_integers
 from ..spans import RowSpans
 
@@ -60,7 +60,8 @@ def _pooled_runs(key: Tensor, spans: RowSpans, statistic: str, width: int, num_r
     end = torch.minimum(start + width, real_end[:, None])
     start = start.clamp_max(num_keys - 1)
     end = torch.maximum(end, start + 1)  # runs that hold no real key are never candidates
-    return RunPool(key, statistic, width).pool(start[:, None], end[:, None]).squeeze(2)
+    (pooled,) = pool_once(key, statistic, [(start[:, None], end[:, None])], width)
+    return pooled.squeeze(2)
 
 
 def _products(features: Tensor, pooled: Tensor) -> Tensor:
