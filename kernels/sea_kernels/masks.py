@@ -1,6 +1,6 @@
 """The two forms of a sparse attention mask: bits over bins, and short runs of keys. Neither grows with T x S."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -82,6 +82,31 @@ def group_leaders(spans: RowSpans, stride: int) -> Tensor:
 def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """Rows ``rows [N, T]`` of ``tensor [N, H, T, C]``."""
     return tensor.gather(2, rows[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))
+
+
+def share_bins(mask: BinMask, spans: RowSpans, stride: int, *, keep_own: bool) -> BinMask:
+    """The mask in which every row keeps the bins of the first row of its group of ``stride`` positions.
+
+    The first row of a group sees no later token, so sharing stays causal. What it could not know, the bins from the
+    group's first position to a row's own, each row adds by itself.
+
+    Args:
+        mask: one selection per row.
+        spans: of the same, causal rows.
+        stride: rows per group, counted from each item's first real row.
+        keep_own: whether the rows add the bins up to their own.
+    """
+    bits = take_rows(mask.bits, group_leaders(spans, stride))
+    if keep_own:
+        position, length = spans.position.clamp_min(0), spans.length
+        begin, own = (
+            bin_of(place, length, mask.num_bins, mask.layout, mask.shift)[..., None]
+            for place in (position - position % stride, position)
+        )
+        index = torch.arange(mask.num_bins, device=bits.device)
+        near = (index >= begin) & (index <= own) & (length > 0)[..., None]
+        bits = bits | pack_bits(near)[:, None]
+    return replace(mask, bits=bits)
 
 
 def pack_bits(keep: Tensor) -> Tensor:

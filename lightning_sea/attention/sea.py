@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import sea_kernels as ops
-from sea_kernels.masks import BinMask, RunMask
+from sea_kernels.masks import BinMask, RunMask, share_bins
 from sea_kernels.spans import RowSpans, row_spans
 
 from ..config import SEAConfig
@@ -18,7 +18,6 @@ from .estimate import Estimate, log_probabilities
 from .features import RandomFeatures
 from .gates import EncodedGates, QueryGates
 from .positions import SinusoidPositions, stretched_identity
-from .stride import share_rows
 
 
 class SEAAttention(nn.Module):
@@ -290,7 +289,7 @@ class SEAAttention(nn.Module):
             backend=config.backend,
         )
         if config.query_stride > 1:
-            mask = share_rows(mask, spans, config.query_stride, keep_own=config.keep_own)
+            mask = share_bins(mask, spans, config.query_stride, keep_own=config.keep_own)
         return mask
 
     def _look_twice(self, query: Tensor, key: Tensor, mask: BinMask, **place) -> RunMask:

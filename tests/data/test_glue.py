@@ -16,7 +16,7 @@ from lightning_sea.data import TASKS, GLUEDataModule
 from lightning_sea.data import glue as glue_module
 from lightning_sea.data.glue_rows import glue_rows
 
-REAL_FOLDER = Path(__file__).parents[3] / "shared" / "data" / "glue"
+REAL_FOLDER = Path(__file__).parents[2] / "data" / "glue"
 
 # Header of the official training and dev files ("" for none), one of their rows, its texts and its label.
 OFFICIAL = {
@@ -346,7 +346,7 @@ def test_bad_arguments(tmp_path, tokenizer_dir, bare_tokenizer_dir, cache_dir):
         GLUEDataModule("rte", tokenizer_dir, {"train": "x.csv"}, cache_dir=cache_dir)
 
 
-@pytest.mark.skipif(not REAL_FOLDER.is_dir(), reason="the official GLUE files are not beside the checkout")
+@pytest.mark.skipif(not REAL_FOLDER.is_dir(), reason="the official GLUE files are not in data/glue")
 @pytest.mark.parametrize(
     ("task", "train", "validation"),
     [("cola", 8551, 1043), ("sst2", 67349, 872), ("mrpc", 3667, 408), ("rte", 2490, 277)],

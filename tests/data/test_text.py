@@ -13,7 +13,7 @@ from lightning_sea.data import TextDataModule, check_positions
 from lightning_sea.data import text as text_module
 from lightning_sea.data.text import EvaluationWindows, articles
 
-WIKITEXT = Path(__file__).parents[3] / "shared" / "data" / "wikitext-2" / "wiki.valid.tokens"
+WIKITEXT = Path(__file__).parents[2] / "data" / "wikitext-2" / "wiki.valid.tokens"
 EOS = 1
 
 
@@ -224,7 +224,7 @@ def test_positions_of_the_families():
             check_positions(length, config, "seq_len")
 
 
-@pytest.mark.skipif(not WIKITEXT.is_file(), reason="WikiText-2 is not beside the checkout")
+@pytest.mark.skipif(not WIKITEXT.is_file(), reason="WikiText-2 is not in data/wikitext-2")
 def test_wikitext(cache_dir):
     with WIKITEXT.open(encoding="utf-8") as lines:
         documents = list(articles(line.removesuffix("\n") for line in lines))

@@ -1,11 +1,9 @@
 """PyTorch form of the pooled selection: the scores of all rows, then the selection."""
 
-import torch
 from torch import Tensor
 
-from ..bins import bin_of
 from ..chunks import working_dtype
-from ..masks import group_leaders, pack_bits, take_rows
+from ..masks import share_bins
 from ..pooled_scores import pooled_scores
 from ..select_bins import select_bins
 from ..spans import RowSpans
@@ -48,17 +46,4 @@ def pooled_selection(
         attention_mask=attention_mask,
         backend="reference",
     )
-    return mask.bits if stride == 1 else _share(mask.bits, spans, stride, num_bins, keep_own)
-
-
-def _share(bits: Tensor, spans: RowSpans, stride: int, num_bins: int, keep_own: bool) -> Tensor:
-    """Bits of the first row of every group of ``stride`` positions for all rows of the group."""
-    shared = take_rows(bits, group_leaders(spans, stride))
-    if not keep_own:
-        return shared
-    length, position = spans.length, spans.position
-    begin = position - position % stride
-    own, begin = (bin_of(place, length, num_bins, "aligned")[..., None] for place in (position, begin))
-    index = torch.arange(num_bins, device=bits.device)
-    near = (index >= begin) & (index <= own) & (length > 0)[..., None]
-    return shared | pack_bits(near)[:, None]
+    return mask.bits if stride == 1 else share_bins(mask, spans, stride, keep_own=keep_own).bits
