@@ -12,10 +12,14 @@ Run it from a checkout: ``make demo``, or ``python -m lightning_sea.demo --help`
 import argparse
 import json
 import multiprocessing
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+from .environment import commit, device_name, versions
 
 ROWS = ("teacher", "dense", "SEA")
 METRICS = {"classifier": "accuracy", "lm": "perplexity"}
@@ -100,7 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results[task] = run_task(
             task, options.configs, options.output, ["--seed_everything", str(options.seed), *overrides]
         )
-    (options.output / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    command = shlex.join(["python", "-m", "lightning_sea.demo", *(sys.argv[1:] if arguments is None else arguments)])
+    report = {"device": device_name(), "versions": versions(), "commit": commit(), "command": command, "tasks": results}
+    (options.output / "results.json").write_text(json.dumps(report, indent=2) + "\n")
     for task, rows in results.items():
         print(f"\n{format_table(task, rows)}")
         for picture in rows["SEA"]["pictures"]:

@@ -42,7 +42,9 @@ def test_the_whole_demo_prints_and_writes_what_it_says(tmp_path, capfd):
     configs, output = str(ROOT / "configs" / "demo"), str(tmp_path)
     main(["--tasks", "classifier", "--configs", configs, "--output", output, "--seed", "3", *SHORT[2:]])
     printed = capfd.readouterr().out
-    results = json.loads((tmp_path / "results.json").read_text())["classifier"]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {"device", "versions", "commit", "command"} < results.keys()
+    results = results["tasks"]["classifier"]
     assert list(results) == ["teacher", "dense", "SEA"]
     assert format_table("classifier", results) in printed
     assert set(COLUMNS) <= results["SEA"].keys()
