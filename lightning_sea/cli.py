@@ -53,7 +53,7 @@ def checkpoint_path(args: ArgsType) -> str | None:
     return path if path and Path(path).is_file() else None
 
 
-def main(args: Sequence[str] | None = None, cli_class: type[SEACLI] = SEACLI) -> SEACLI:
+def run(args: Sequence[str] | None = None, cli_class: type[SEACLI] = SEACLI) -> SEACLI:
     """Run the command line; ``args`` stand in for those of the process."""
     return cli_class(
         DistillationModule,
@@ -66,3 +66,8 @@ def main(args: Sequence[str] | None = None, cli_class: type[SEACLI] = SEACLI) ->
         load_from_checkpoint_support=False,  # the module saves its arguments itself, as plain types
         save_config_kwargs={"overwrite": True},
     )
+
+
+def main() -> None:
+    """The console script: what it returned would become the exit status."""
+    run()

@@ -46,16 +46,16 @@ def run_row(task: str, row: str, config: str, output: str, overrides: Sequence[s
     Returns:
         The row's numbers under the keys of ``COLUMNS``, as far as it has them, and the paths of its ``pictures``.
     """
-    from .cli import main
+    from .cli import run
 
     begin = time.perf_counter()
     arguments = ["-c", config, "--trainer.logger.save_dir", output, "--trainer.logger.name", f"{task}/{row.lower()}"]
     arguments += ["--model.attention", "sea" if row == "SEA" else "dense", *overrides]
     peaks = []
     if row == "teacher":
-        cli = main(["test", *arguments])
+        cli = run(["test", *arguments])
     else:
-        cli = main(["fit", *arguments, "--model.export_dir", f"{output}/{task}/{row.lower()}/model"])
+        cli = run(["fit", *arguments, "--model.export_dir", f"{output}/{task}/{row.lower()}/model"])
         peaks.append(float(cli.trainer.callback_metrics["train/peak_memory_mib"]))
         cli.trainer.test(cli.model, cli.datamodule, verbose=False)
     found = {name.removeprefix("test/"): float(value) for name, value in cli.trainer.callback_metrics.items()}

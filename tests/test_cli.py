@@ -10,7 +10,8 @@ import pytest
 import torch
 from tiny import WORDS, save_bert, save_llama
 
-from lightning_sea.cli import SEACLI, checkpoint_path, main
+from lightning_sea import cli
+from lightning_sea.cli import SEACLI, checkpoint_path, main, run
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +22,7 @@ def no_arguments_of_pytest(monkeypatch):
 
 
 def run_in_process(*arguments: str) -> SEACLI:
-    return main(list(arguments))
+    return run(list(arguments))
 
 
 def run_afresh(*arguments: str, cwd: Path) -> str:
@@ -165,11 +166,17 @@ def test_checkpoint_path_finds_files_only(tmp_path):
 
 def test_help_comes_from_the_docstrings(capsys):
     with pytest.raises(SystemExit) as stop:
-        main(["fit", "--model.help=GLUEModule"])
+        run(["fit", "--model.help=GLUEModule"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     assert "optimiser steps of the first stage" in text
     assert "where ``predict`` writes the files" in text
     with pytest.raises(SystemExit):
-        main(["fit", "--model.help=GLUEModule", "--model.sea.help"])
+        run(["fit", "--model.help=GLUEModule", "--model.sea.help"])
     assert "keys that a query keeps on average" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_console_script_exits_with_success(monkeypatch):
+    """What the entry point returns is handed to ``sys.exit``: anything but None would be reported as a failure."""
+    monkeypatch.setattr(cli, "run", lambda: object())
+    assert main() is None

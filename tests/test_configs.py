@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_sea.cli import SEACLI, main
+from lightning_sea.cli import SEACLI, run
 from lightning_sea.config import SEAConfig
 from lightning_sea.data import get_task
 from lightning_sea.distillation import DistillationConfig
@@ -28,7 +28,7 @@ def read():
 
         def _run_subcommand(self, subcommand: str) -> None: ...
 
-    parser = main(["fit", "-c", str(COMPLETE[0])], cli_class=ParsingCLI).parser
+    parser = run(["fit", "-c", str(COMPLETE[0])], cli_class=ParsingCLI).parser
 
     @functools.cache
     def parse(*paths: str):
@@ -84,6 +84,6 @@ def test_demo_configurations_run(name, attention, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ["-c", str(ROOT / "demo" / f"{name}.yaml"), "--data.cache_dir", str(tmp_path)]
     arguments += ["--data.batch_size", "1", "--trainer.enable_progress_bar", "false"]
-    cli = main(["fit", *arguments, "--model.attention", attention, "--trainer.fast_dev_run", "true"])
+    cli = run(["fit", *arguments, "--model.attention", attention, "--trainer.fast_dev_run", "true"])
     metric = {"lm": "perplexity", "classifier": "accuracy"}[name]
     assert torch.isfinite(cli.trainer.callback_metrics[f"val/{metric}"])

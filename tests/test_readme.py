@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_sea.cli import SEACLI, main
+from lightning_sea.cli import SEACLI, run
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -36,7 +36,7 @@ def check_command(words: list[str]) -> None:
     if program == "make":
         subprocess.run(["make", "--dry-run", *arguments], cwd=ROOT, check=True, capture_output=True)
     elif program == "lightning-sea":
-        main(arguments, cli_class=ParsingCLI)
+        run(arguments, cli_class=ParsingCLI)
     elif program == "pip":
         assert arguments[0] == "install"
         assert all((ROOT / path).exists() for path in arguments[1:] if not path.startswith("-"))
