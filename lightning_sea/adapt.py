@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 
 from .attention import SEAAttention
+from .calibration import calibrate, has_far_field
 from .config import SEAConfig
 from .families import attention_sites
 from .interface import IMPLEMENTATION
@@ -32,7 +33,8 @@ class Conversion:
 def convert(model: PreTrainedModel, config: SEAConfig, layers: Sequence[int] | None = None) -> PreTrainedModel:
     """Put SEA in place of the self-attention of ``model``, in place.
 
-    The pretrained weights stay; each converted attention module gains a submodule ``sea``.
+    The pretrained weights stay; each converted attention module gains a submodule ``sea``. A far field is calibrated
+    with random tokens, which takes a few forward passes.
 
     Args:
         model: a transformers model of one of ``families.FAMILIES``.
@@ -46,6 +48,13 @@ def convert(model: PreTrainedModel, config: SEAConfig, layers: Sequence[int] | N
         ValueError: if the model is converted already, its family is unknown, it uses cross-attention, sliding windows
             or soft-capping, or a layer does not exist.
     """
+    _insert(model, config, layers)
+    if has_far_field(model):
+        calibrate(model)
+    return model
+
+
+def _insert(model: PreTrainedModel, config: SEAConfig, layers: Sequence[int] | None) -> None:
     if hasattr(model, "sea_conversion"):
         raise ValueError("model is a SEA model already: call revert(model) before converting it again")
     sites = attention_sites(model)
@@ -58,7 +67,6 @@ def convert(model: PreTrainedModel, config: SEAConfig, layers: Sequence[int] | N
         sites[layer].module.sea = attention
     model.sea_conversion = Conversion(config, chosen, model.config._attn_implementation)
     model.set_attn_implementation(IMPLEMENTATION)
-    return model
 
 
 def revert(model: PreTrainedModel) -> PreTrainedModel:
@@ -132,7 +140,7 @@ def load_pretrained(directory: str | Path) -> PreTrainedModel:
         warnings.warn(f"{directory / SEA_FILE}: ignoring unknown keys {unknown}", stacklevel=2)
     config = AutoConfig.from_pretrained(directory)
     model = getattr(transformers, record["model_class"])._from_config(config, dtype=config.dtype or torch.float32)
-    convert(model, SEAConfig.from_dict(record["sea"]), record["layers"])
+    _insert(model, SEAConfig.from_dict(record["sea"]), record["layers"])
     _load_weights(model, directory / "model.safetensors")
     return model.eval()
 

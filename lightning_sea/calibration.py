@@ -9,36 +9,46 @@ from transformers import PreTrainedModel
 
 from sea_kernels.spans import row_spans
 
-from .families import attention_sites
+from .families import attention_sites, max_positions
 from .recorder import AttentionRecorder, LayerRecord
 
 FIRST_ROWS = 64  # causal rows that attend to little but themselves: their queries are not typical
+RANDOM_ITEMS, RANDOM_LENGTH = 4, 1024
+
+
+def has_far_field(model: PreTrainedModel) -> bool:
+    """Whether a layer of a converted model has a centre to calibrate."""
+    return any(_has_centre(site.module) for site in attention_sites(model))
 
 
 @torch.no_grad()
-def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> None:
+def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]] | None = None) -> None:
     """Set the centre of every converted layer with a far field to the mean of ``scaling * query`` of its heads.
 
     The queries are those of the model with dense attention in all layers, over all real tokens of ``batches``. Of
     causal items longer than 64 tokens the first 64 are left out.
 
+    ``convert`` does this once, with random tokens: most of a head's mean query does not depend on the text. Text of the
+    kind that the model will see is a little better.
+
     Args:
         model: a converted model with ``average_context="far"``.
-        batches: arguments of the model's forward, on its device. A few thousand tokens are enough.
+        batches: arguments of the model's forward, on its device; a few thousand tokens are enough. None takes four
+            sequences of random tokens, always the same, of up to 1024 tokens.
 
     Raises:
         ValueError: if no layer has a far field or ``batches`` is empty.
     """
     modules = [site.module for site in attention_sites(model)]
-    with_centre = [index for index, module in enumerate(modules) if hasattr(getattr(module, "sea", None), "centre")]
+    with_centre = [index for index, module in enumerate(modules) if _has_centre(module)]
     if not with_centre:
         raise ValueError("model has no layer with a far field: convert it with average_context='far'")
     sums = {index: torch.zeros_like(modules[index].sea.centre, dtype=torch.float64) for index in with_centre}
     rows = 0
-    training = model.training
+    training = {module: module.training for module in model.modules()}
     model.eval()
     with _dense_attention(modules), AttentionRecorder(model) as recorder:
-        for batch in batches:
+        for batch in _random_tokens(model) if batches is None else batches:
             recorder.clear()
             model(**batch)
             typical = _typical_rows(recorder.records[0])
@@ -47,11 +57,25 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -
                 record = recorder.records[index]
                 query = record.query.double().masked_fill(~typical[:, None, :, None], 0)
                 sums[index] += record.scaling * query.sum((0, 2))
-    model.train(training)
+    for module, mode in training.items():
+        module.training = mode
     if not rows:
         raise ValueError("batches hold no token, expected at least one")
     for index, total in sums.items():
         modules[index].sea.centre.copy_(total / rows)
+
+
+def _has_centre(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "sea", None), "centre")
+
+
+def _random_tokens(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
+    """One item at a time: little memory, whatever the model's size."""
+    length = min(RANDOM_LENGTH, max_positions(model.config) or RANDOM_LENGTH)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(RANDOM_ITEMS):
+        tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+        yield {"input_ids": tokens.to(model.device)}
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class SEAConfig:
         query_stride: neighbouring rows that share one estimate, a power of two up to 32; 1 is the paper's.
         average_context: what stands for the keys that are not kept: the "mean" of the values, mixed in by a gate
             (paper); "none"; or "far": their bins enter the softmax, pooled around a learned centre of the head's
-            queries. That needs aligned bins and keep_own, has no gates, and starts well after ``calibrate``.
+            queries. That needs aligned bins and keep_own, and has no gates.
         gate_bias: start of the gates before their sigmoid; 3 starts them at 0.95.
         jitter_probability: share of training batches whose relative bin edges are shifted.
         jitter_keys: largest such shift, in keys.
@@ -64,11 +64,11 @@ class SEAConfig:
     feature_ratio: float = 1.0
     redraw_interval: int = 1000
     position_period: float = 65536.0
-    first_look_ratio: int = 4
+    first_look_ratio: int = 8
     second_look_width: int = 4
     window: int = 0
     query_stride: int = 1
-    average_context: str = "mean"
+    average_context: str = "far"
     gate_bias: float = 3.0
     jitter_probability: float = 0.1
     jitter_keys: float = 0.75
@@ -167,4 +167,5 @@ _PAPER = {
     "decoder": "conv",
     "upsampling": "nearest",
     "first_look_ratio": 1,
+    "average_context": "mean",
 }

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 # model_type -> class name of the module that calls the attention interface for self-attention
 FAMILIES = {
@@ -43,6 +43,15 @@ def attention_sites(model: PreTrainedModel) -> list[AttentionSite]:
         )
     _refuse_other_attention(model)
     return [_site(module, config) for module in _attention_modules(model)]
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """The longest sequence that a model's position embeddings allow; None if its configuration names no limit."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
+        # RoBERTa counts positions from pad_token_id + 1.
+        positions -= config.pad_token_id + 1
+    return positions
 
 
 def _attention_modules(model: PreTrainedModel) -> Iterator[nn.Module]:

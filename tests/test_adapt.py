@@ -12,7 +12,7 @@ from lightning_sea.adapt import convert, load_pretrained, revert, save_pretraine
 from lightning_sea.config import SEAConfig
 from lightning_sea.recorder import AttentionRecorder
 
-SMALL = SEAConfig(k=6, predictor_length=32, first_look_ratio=1)
+SMALL = SEAConfig(k=6, predictor_length=32, first_look_ratio=1, average_context="mean")
 CONFIGS = {
     "pooled": SMALL,
     "paper": SEAConfig.paper_opt(k=6, predictor_length=32),

@@ -3,6 +3,7 @@
 from datasets.fingerprint import Hasher
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from ..families import max_positions
 from .embedded import resolve_model
 
 
@@ -34,15 +35,6 @@ def require_token(tokenizer: PreTrainedTokenizerBase, which: str, name: str, rea
             f"beside the model"
         )
     return token_id
-
-
-def max_positions(config: PretrainedConfig) -> int | None:
-    """The longest sequence that a model's position embeddings allow; None if its configuration names no limit."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert"):
-        # RoBERTa counts positions from pad_token_id + 1.
-        positions -= config.pad_token_id + 1
-    return positions
 
 
 def check_positions(length: int, config: PretrainedConfig, argument: str) -> None:

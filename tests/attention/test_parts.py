@@ -181,16 +181,17 @@ def test_every_parameter_is_used(decoder, pooling, causal, average):
     assert not unused
 
 
+@pytest.mark.parametrize("average", ["mean", "far"])
 @pytest.mark.parametrize("causal", [False, True])
-def test_scores_that_nobody_asks_for_change_nothing(causal):
-    config = SEAConfig(k=4, predictor_length=32)
+def test_scores_that_nobody_asks_for_change_nothing(causal, average):
+    config = SEAConfig(k=4, predictor_length=32, average_context=average)
     layer = SEAAttention(config, num_heads=4, num_kv_heads=2, head_dim=8, causal=causal)
     query, key, value = torch.randn(2, 4, 50, 8), torch.randn(2, 2, 50, 8), torch.randn(2, 2, 50, 8)
     context, estimate = layer(query, key, value, scaling=0.3)
     without, bare = layer(query, key, value, scaling=0.3, with_scores=False)
     assert torch.equal(context, without)
     assert estimate.scores is not None
-    assert (bare.scores is None) == causal  # the bidirectional average needs them
+    assert (bare.scores is None) == (causal or average == "far")  # the bidirectional average needs them
 
 
 def test_jitter_moves_edges_in_training_only():

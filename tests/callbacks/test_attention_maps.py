@@ -9,7 +9,7 @@ from lightning_sea.recorder import AttentionRecorder
 from lightning_sea.visualization import attention_maps, attention_matrices
 from sea_kernels import estimation_loss, teacher_statistics
 
-SMALL = {"k": 6, "predictor_length": 32, "first_look_ratio": 1}
+SMALL = {"k": 6, "predictor_length": 32, "first_look_ratio": 1, "average_context": "mean"}
 FAR = {**SMALL, "average_context": "far", "first_look_ratio": 2, "second_look_width": 1}
 
 

@@ -8,7 +8,7 @@ from lightning_sea.recorder import AttentionRecorder
 from sea_kernels.masks import kept_keys
 from sea_kernels.spans import row_spans
 
-SMALL = {"k": 6, "predictor_length": 32, "first_look_ratio": 1}
+SMALL = {"k": 6, "predictor_length": 32, "first_look_ratio": 1, "average_context": "mean"}
 
 
 def records(module, batch):
@@ -60,7 +60,7 @@ def test_numbers_are_those_of_the_dense_maps(family, distiller, loader):
 
 
 def test_a_far_field_has_no_gates_to_log(distiller, loader):
-    module = distiller("llama", **SMALL, average_context="far")
+    module = distiller("llama", **{**SMALL, "average_context": "far"})
     (batch,) = loader([[48, 31]])
     for teacher, student in records(module, batch):
         found = layer_sparsity(teacher, student).means()

@@ -91,10 +91,9 @@ def test_estimator_and_whole_student_learn(task, sea, tmp_path):
     kind, directory, data = task
     for estimator_steps, key in ((20, "train/est_kl"), (0, "train/loss")):
         losses = Losses()
-        # no pooled keys: with a bin for every key they would give the teacher's attention from the start
-        module = build(
-            kind, directory, sea=sea.replace(pooling="none", first_look_ratio=1), estimator_steps=estimator_steps
-        )
+        # no pooled keys and no far field: with a bin for every key either gives the teacher's attention from the start
+        paper = sea.replace(pooling="none", first_look_ratio=1, average_context="mean")
+        module = build(kind, directory, sea=paper, estimator_steps=estimator_steps)
         data.batch_size = len(data.items)  # the same items in every step
         fit(module, data, 20, tmp_path, callbacks=[losses])
         assert losses.steps[-1][key] < 0.8 * losses.steps[0][key]
