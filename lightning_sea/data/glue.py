@@ -44,7 +44,8 @@ class GLUEDataModule(SplitDataModule):
         """Find the files and load the tokenizer; the rows follow in ``setup``.
 
         Args:
-            task: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, or topics (the embedded summaries' topics).
+            task: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, imdb (reviews, from files), or topics (the
+                embedded summaries' topics).
             tokenizer: name or folder of the model whose tokenizer is used; "embedded:classifier" for the embedded one.
             source: a hub dataset with one configuration per task; a folder in the official layout (the task's own or
                 that of all tasks); a folder of CSV, JSONL or Parquet files whose names tell their split and whose

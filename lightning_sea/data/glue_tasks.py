@@ -1,4 +1,4 @@
-"""The table of the classification tasks: the nine of GLUE and the embedded topics.
+"""The table of the classification tasks: the nine of GLUE, reviews in IMDb's form, and the embedded topics.
 
 Everything that differs between the tasks stands here once. The data module reads the columns, the labels and the file
 names; the training module reads ``num_labels`` and ``metrics``; writing a submission reads ``submission_files``.
@@ -170,6 +170,15 @@ TASKS = {
             metrics=("accuracy",),
             folder="WNLI",
             submission_files=("WNLI.tsv",),
+        ),
+        GLUETask(
+            name="imdb",
+            columns=("text",),
+            labels=("negative", "positive"),
+            metrics=("accuracy",),
+            folder="imdb",
+            test_splits=("test",),
+            submission_files=("imdb.tsv",),
         ),
         GLUETask(
             name="topics",

@@ -67,7 +67,7 @@ def rows_of(dataset) -> list[tuple]:
 
 
 def test_the_table_lists_the_nine_tasks():
-    assert set(OFFICIAL) | {"topics"} == set(TASKS)
+    assert set(OFFICIAL) | {"topics", "imdb"} == set(TASKS)
     for task in TASKS.values():
         assert len(task.submission_files) == len(task.predict_splits)
         assert len(task.columns) == len(task.tsv_columns)

@@ -1,0 +1,117 @@
+"""What the scripts of the quality tables share: runs from a YAML file, each in its own process, into one JSON file.
+
+A configuration has ``defaults`` and ``runs``; a run is the defaults with its own values merged in, mapping by mapping.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
+
+from lightning_sea.environment import commit, device_name, versions  # noqa: E402
+
+Row = dict[str, Any]
+
+
+def load_runs(path: Path, only: list[str] | None, overrides: list[str]) -> dict[str, dict]:
+    """Name to settings of the runs of a configuration, in its order.
+
+    Args:
+        path: the YAML file.
+        only: names of runs, or None for all.
+        overrides: ``key.of.defaults=value``, which every run takes over.
+
+    Raises:
+        ValueError: for a name that is not among the runs.
+    """
+    config = OmegaConf.load(path)
+    names = list(config.runs)
+    unknown = [name for name in only or [] if name not in names]
+    if unknown:
+        raise ValueError(f"--only names {unknown}, expected some of {names}")
+    changes = OmegaConf.from_dotlist(overrides)
+    return {
+        name: OmegaConf.to_container(OmegaConf.merge(config.defaults, config.runs[name] or {}, changes), resolve=True)
+        for name in names
+        if only is None or name in only
+    }
+
+
+def parser(description: str, config: str) -> argparse.ArgumentParser:
+    """Arguments that every table has."""
+    arguments = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--config", type=Path, default=Path(__file__).with_name(config))
+    arguments.add_argument("--output", type=Path, required=True, help="the JSON file; rows of other runs in it stay")
+    arguments.add_argument("--only", nargs="+", help="names of runs, default all")
+    arguments.add_argument("--parallel", type=int, default=1, help="runs at a time on the one device")
+    arguments.add_argument("--set", nargs="*", default=[], help="key=value for all runs, such as steps=10")
+    arguments.add_argument("--worker", help=argparse.SUPPRESS)  # the run that this process does
+    return arguments
+
+
+def main(options: argparse.Namespace, run: Callable[[str, dict, argparse.Namespace], list[Row]]) -> None:
+    """Do the runs that ``options`` ask for; ``run`` gives the rows of one."""
+    runs = load_runs(options.config, options.only, options.set)
+    if options.worker:
+        rows = run(options.worker, runs[options.worker], options)
+        write_results(_part(options.output, options.worker), [{"run": options.worker, **row} for row in rows])
+        return
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    failed = _run_processes(list(runs), options)
+    merge_parts(options.output)
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def _run_processes(waiting: list[str], options: argparse.Namespace) -> list[str]:
+    """Start every run in a process of its own, ``options.parallel`` at a time; names of those that failed."""
+    running: dict[str, subprocess.Popen] = {}
+    failed, begin = [], time.perf_counter()
+    while waiting or running:
+        while waiting and len(running) < options.parallel:
+            name = waiting.pop(0)
+            log = _part(options.output, name).with_suffix(".log").open("w")
+            running[name] = subprocess.Popen(
+                [sys.executable, *sys.argv, "--worker", name], stdout=log, stderr=subprocess.STDOUT
+            )
+        time.sleep(0.2)
+        for name in [name for name, process in running.items() if process.poll() is not None]:
+            code = running.pop(name).returncode
+            print(f"{time.perf_counter() - begin:6.0f} s  {name}: {'done' if code == 0 else 'FAILED'}", flush=True)
+            if code:
+                failed.append(name)
+                print(_part(options.output, name).with_suffix(".log").read_text()[-2000:], flush=True)
+    return failed
+
+
+def _part(output: Path, name: str) -> Path:
+    return output.with_name(f"{output.stem}.{name}.part.json")
+
+
+def merge_parts(output: Path) -> None:
+    """Put the rows of finished runs into ``output``, in place of older rows of the same runs."""
+    parts = sorted(output.parent.glob(f"{output.stem}.*.part.json"))
+    rows = [row for part in parts for row in json.loads(part.read_text())["rows"]]
+    new = {row["run"] for row in rows}
+    old = json.loads(output.read_text())["rows"] if output.is_file() else []
+    write_results(output, [row for row in old if row["run"] not in new] + rows)
+    for part in parts:
+        part.unlink()
+
+
+def write_results(path: Path, rows: list[Row]) -> None:
+    """A result file: where the rows come from, and the rows, one a line."""
+    words = [word for word in sys.argv if not word.startswith("--worker")]
+    command = " ".join(["python", *(str(Path(word)) for word in words)])
+    head = {"device": device_name(), "versions": versions(), "commit": commit(), "command": command}
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
