@@ -1,4 +1,7 @@
-"""Turning pretrained transformers models into SEA models and back, on instances; saving and loading them."""
+"""Turning pretrained transformers models into SEA models and back, on instances; saving and loading them.
+
+The baselines of ``SEAConfig.method`` go the same way: what is said of SEA here holds for them too.
+"""
 
 import json
 import warnings
@@ -9,9 +12,10 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from .attention import SEAAttention
+from .attention import METHODS, BaselineAttention, SEAAttention
 from .calibration import calibrate, has_far_field
 from .config import SEAConfig
 from .families import attention_sites
@@ -38,7 +42,7 @@ def convert(model: PreTrainedModel, config: SEAConfig, layers: Sequence[int] | N
 
     Args:
         model: a transformers model of one of ``families.FAMILIES``.
-        config: how to estimate, select and mix.
+        config: which method, and how it estimates, selects and mixes.
         layers: which layers, 0-based; None means all. The others keep softmax attention.
 
     Returns:
@@ -84,9 +88,9 @@ def revert(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def sea_layers(model: PreTrainedModel) -> list[SEAAttention]:
-    """The SEA modules of a model, first layer first; empty for a model that is not converted."""
-    return [module for module in model.modules() if isinstance(module, SEAAttention)]
+def sea_layers(model: nn.Module) -> list[SEAAttention | BaselineAttention]:
+    """What stands in for attention in a model, first layer first; empty for a model that is not converted."""
+    return [module for module in model.modules() if isinstance(module, SEAAttention | BaselineAttention)]
 
 
 def set_k(model: PreTrainedModel, k: int) -> None:
@@ -154,8 +158,8 @@ def _load_weights(model: PreTrainedModel, path: Path) -> None:
         raise ValueError(f"{path}: missing weights {missing}, unexpected weights {sorted(result.unexpected_keys)}")
 
 
-def _build(site, config: SEAConfig) -> SEAAttention:
-    attention = SEAAttention(
+def _build(site, config: SEAConfig) -> SEAAttention | BaselineAttention:
+    attention = METHODS[config.method](
         config,
         num_heads=site.num_heads,
         num_kv_heads=site.num_kv_heads,

@@ -42,7 +42,7 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]] | 
     modules = [site.module for site in attention_sites(model)]
     with_centre = [index for index, module in enumerate(modules) if _has_centre(module)]
     if not with_centre:
-        raise ValueError("model has no layer with a far field: convert it with average_context='far'")
+        raise ValueError("model has no layer with a far field: convert it with method='sea' and average_context='far'")
     sums = {index: torch.zeros_like(modules[index].sea.centre, dtype=torch.float64) for index in with_centre}
     rows = 0
     training = {module: module.training for module in model.modules()}

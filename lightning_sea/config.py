@@ -5,7 +5,10 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
+WINDOW_FIRST_TOKENS = 4  # of every row's k keys with method "window"
+
 _CHOICES = {
+    "method": ("sea", "performer", "cosformer", "window"),
     "bins": ("aligned", "relative"),
     "grouping": ("query", "head", "batch", "causal_batch"),
     "pooling": ("none", "mean", "mean_bound"),
@@ -20,7 +23,13 @@ _CHOICES = {
 class SEAConfig:
     """How attention is estimated, selected and mixed (SEA, arXiv 2310.01777, section 3, and our additions).
 
+    A method other than "sea" is a baseline without an estimator. It reads the knobs that are named with it, and the
+    others have no effect.
+
     Attributes:
+        method: what stands in for softmax attention: "sea"; "performer", linear attention of random features alone
+            (feature_ratio, redraw_interval, backend); "cosformer", linear attention of rectified queries and keys that
+            decays with distance (horizon); or "window", the first 4 tokens and the keys around a row (k, backend).
         k: keys that a query keeps on average, per head. May be changed after training without a reload.
         predictor_length: width K of the estimated attention row, in bins; a multiple of 32.
         bins: how bins stretch to keys: "aligned" bins of a power of two keys, or the paper's "relative" ones.
@@ -46,12 +55,14 @@ class SEAConfig:
         gate_bias: start of the gates before their sigmoid; 3 starts them at 0.95.
         jitter_probability: share of training batches whose relative bin edges are shifted.
         jitter_keys: largest such shift, in keys.
+        horizon: distance in tokens at which the weights of a causal "cosformer" reach 0, at least the longest input.
         backend: implementation of the operations: "auto", "reference" or "triton".
 
     Raises:
         ValueError: if a value is not allowed; the message names it.
     """
 
+    method: str = "sea"
     k: int = 64
     predictor_length: int = 256
     bins: str = "aligned"
@@ -72,6 +83,7 @@ class SEAConfig:
     gate_bias: float = 3.0
     jitter_probability: float = 0.1
     jitter_keys: float = 0.75
+    horizon: int = 2048
     backend: str = "auto"
 
     def __post_init__(self) -> None:
@@ -79,6 +91,15 @@ class SEAConfig:
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}, expected one of {allowed}")
         self._check_numbers()
+        if self.method == "sea":
+            self._check_estimator()
+        if self.method == "window" and self.k < WINDOW_FIRST_TOKENS + 2:
+            raise ValueError(
+                f"k is {self.k}, expected at least {WINDOW_FIRST_TOKENS + 2} with method='window': the first "
+                f"{WINDOW_FIRST_TOKENS} tokens, the row's own and one more"
+            )
+
+    def _check_estimator(self) -> None:
         if self.pooling == "none" and self.decoder == "none":
             raise ValueError("pooling and decoder are both 'none': nothing would score the bins")
         if self.average_context == "far" and not (self.bins == "aligned" and self.keep_own):
@@ -108,6 +129,7 @@ class SEAConfig:
             "jitter_keys": (0 <= self.jitter_keys < 1, "at least 0 and below 1"),
             "first_look_ratio": (self.first_look_ratio >= 1, "at least 1"),
             "window": (self.window >= 0, "at least 0"),
+            "horizon": (self.horizon >= 1, "at least 1"),
         }
         for name, (holds, allowed) in rules.items():
             if not holds:

@@ -28,7 +28,7 @@ class LayerRecord:
         scaling: score factor.
         attention_mask: bool ``[N, S]`` or None.
         causal: whether rows see only earlier keys.
-        estimate: what SEA estimated; None in layers with plain attention.
+        estimate: what SEA estimated; None in layers with plain attention and with the methods that estimate nothing.
     """
 
     query: Tensor

@@ -85,10 +85,10 @@ def attention_matrices(
 
     Raises:
         IndexError: if head or item does not exist.
-        ValueError: if the student's layer is dense.
+        ValueError: if the student's layer has no estimate: if it is dense or of a method other than "sea".
     """
     if student.estimate is None:
-        raise ValueError("the student's layer is dense: there is no estimate to draw")
+        raise ValueError("the student's layer has no estimate to draw: it is dense or of a method other than 'sea'")
     check_index("item", item, student.query.shape[0])
     check_index("head", head, student.query.shape[1])
     spans = _item_spans(student, item)

@@ -42,10 +42,22 @@ def test_every_field_is_documented():
         ({"jitter_keys": 1.0}, "jitter_keys is 1.0"),
         ({"feature_ratio": 0}, "feature_ratio is 0"),
         ({"backend": "cuda"}, "backend is 'cuda'"),
+        ({"method": "reformer"}, "method is 'reformer', expected one of"),
+        ({"horizon": 0}, "horizon is 0, expected at least 1"),
+        ({"method": "window", "k": 5}, "k is 5, expected at least 6 with method='window'"),
+        ({"method": "performer", "predictor_length": 100}, "predictor_length is 100"),
     ],
 )
 def test_values_that_are_not_allowed_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
+        SEAConfig(**changes)
+
+
+@pytest.mark.parametrize("method", ["performer", "cosformer", "window"])
+def test_knobs_of_the_estimator_need_not_fit_together_without_one(method):
+    changes = {"bins": "relative", "pooling": "none", "average_context": "far", "window": 62}
+    assert SEAConfig(method=method, **changes).replace(k=6).method == method
+    with pytest.raises(ValueError, match="nothing would score the bins"):
         SEAConfig(**changes)
 
 

@@ -14,8 +14,8 @@ class AttentionMapLogger(RecordingCallback):
     """Draws the first item of the first validation (or test) batch: teacher, estimate, mask and result of some heads.
 
     Each picture goes to TensorBoard as ``attention/layer_00_head_00``, and as a PNG, its step in the name, to the
-    folder ``attention`` of the logger's folder (of the trainer's root folder without one). Dense layers and ranks other
-    than 0 draw nothing.
+    folder ``attention`` of the logger's folder (of the trainer's root folder without one). Layers without an estimate
+    (dense ones and baselines) and ranks other than 0 draw nothing.
 
     Args:
         layers: layers drawn, 0-based.

@@ -43,11 +43,11 @@ def layer_sparsity(teacher: LayerRecord, student: LayerRecord) -> LayerSparsity:
         student: record of the SEA layer on the same inputs.
 
     Raises:
-        ValueError: if the student's layer is dense.
+        ValueError: if the student's layer has no estimate: if it is dense or of a method other than "sea".
     """
     estimate = student.estimate
     if estimate is None:
-        raise ValueError("the student's layer is dense: it has no mask to count")
+        raise ValueError("the student's layer has no estimate to count: it is dense or of a method other than 'sea'")
     batch, _, num_queries, _ = student.query.shape
     num_keys = student.key.shape[2]
     place = {"causal": student.causal, "attention_mask": student.attention_mask}
@@ -79,7 +79,7 @@ class SparsityMonitor(RecordingCallback):
 
     and the same per layer as ``{stage}/layer_00/keys_per_query`` and so on. In training it looks at the steps that the
     trainer logs; in validation and testing at the first ``eval_batches`` batches. Time grows with T², as the teacher's
-    attention does; memory does not. Dense layers are left out.
+    attention does; memory does not. Layers without an estimate, dense ones and baselines, are left out.
 
     Args:
         eval_batches: batches looked at in each validation and test run; 0 leaves these out.

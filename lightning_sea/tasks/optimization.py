@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from ..attention import SEAAttention
+from ..adapt import sea_layers
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class OptimizerConfig:
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict]:
     """Every trainable parameter once, in up to four named groups: ``base`` and ``sea``, each with and without decay."""
-    own = {id(p) for module in model.modules() if isinstance(module, SEAAttention) for p in module.parameters()}
+    own = {id(parameter) for layer in sea_layers(model) for parameter in layer.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"base": [], "base_no_decay": [], "sea": [], "sea_no_decay": []}
     for parameter in model.parameters():
         if parameter.requires_grad:
