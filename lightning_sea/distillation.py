@@ -171,7 +171,7 @@ def logit_loss(teacher: Tensor, student: Tensor, real: Tensor | None = None) -> 
 
 
 def layer_losses(teacher: LayerRecord, student: LayerRecord, config: DistillationConfig) -> dict[str, Tensor]:
-    """All losses of one layer that have a weight; ``est_*`` only where the student's layer is a SEA layer."""
+    """All losses of one layer that have a weight; ``est_*`` only where the student's layer has an estimate."""
     losses: dict[str, Tensor] = {}
     if student.estimate is not None and (config.est_kl or config.est_mse):
         losses |= estimation_losses(teacher, student.estimate)

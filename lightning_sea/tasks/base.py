@@ -29,10 +29,11 @@ Batch = dict[str, Tensor]
 
 
 class DistillationModule(LightningModule):
-    """Distils SEA into a pretrained model, or trains the plain model in the same way.
+    """Distils SEA, or a baseline of linear cost, into a pretrained model, or trains the plain model in the same way.
 
     Training has two stages: for ``estimator_steps`` optimiser steps SEA's estimator alone learns the teacher's
-    attention from the teacher's own activations, without a pass through the student; then everything trains.
+    attention from the teacher's own activations, without a pass through the student; then everything trains. Losses
+    that need an estimator, ``est_kl`` and ``est_mse``, are left out where there is none.
 
     The teacher is frozen and lives outside the module's parameters and checkpoints; it is loaded when first needed.
 
@@ -40,19 +41,20 @@ class DistillationModule(LightningModule):
         student: the transformers model that trains.
         keep_records: set it before a training or evaluation step to have that step fill ``layer_records``.
         layer_records: for every layer of the latest batch, the teacher's and the student's record; emptied after the
-            callbacks of the step. Always empty with ``attention="dense"``.
+            callbacks of the step. Always empty without a teacher, and in evaluation with ``attention="dense"``.
 
     Args:
         model: the pretrained model: hub name, directory, "embedded:lm", "embedded:classifier", or a directory that
             ``export`` wrote.
-        attention: "sea" converts the model and distils; "dense" trains the plain model on its task, which makes
-            teachers and the baseline to compare with, and leaves the arguments of SEA and of distillation unused.
-        sea: how to estimate, select and mix; its defaults if null. A model exported with SEA brings its own settings,
-            of which only ``k`` may be changed here.
+        attention: "sea" converts the model, to SEA or the baseline that ``sea.method`` names, and distils; "dense"
+            trains the plain model, which makes teachers and the baseline to compare with: on its task alone, leaving
+            ``distillation`` unused, or, if ``teacher`` is given, with the same losses as the other methods.
+        sea: which method, and how it estimates, selects and mixes; its defaults if null. A model exported with SEA
+            brings its own settings, of which only ``k`` may be changed here.
         layers: layers to convert, from 0; null converts all.
         distillation: weights of the losses; their defaults if null.
-        teacher: what ``model`` may be, for the teacher; null takes the weights of ``model``.
-        estimator_steps: optimiser steps of the first stage.
+        teacher: what ``model`` may be, for the teacher; null takes the weights of ``model`` (no teacher if dense).
+        estimator_steps: optimiser steps of the first stage, which only the method "sea" has; unused if dense.
         optimizer: learning rates and schedule; their defaults if null.
         export_dir: where to export the model (with SEA or without) at the end of ``fit``; null does not.
 
@@ -90,9 +92,11 @@ class DistillationModule(LightningModule):
                 f"estimator_steps is {estimator_steps} with est_kl = est_mse = 0: the stage would learn nothing"
             )
         self.attention = attention
+        self.distils = attention == "sea" or teacher is not None
         self.estimator_steps = estimator_steps if attention == "sea" else 0
         self.export_dir = export_dir
         self.student = self._build_student(model, sea, layers).train()  # it was loaded in evaluation mode
+        self._check_losses()
         self.teacher_name = teacher
         self._teacher: tuple[PreTrainedModel, ...] = ()  # in a tuple, so that it is no submodule
         self.keep_records = False
@@ -113,6 +117,21 @@ class DistillationModule(LightningModule):
                 "export_dir": export_dir,
             }
         )
+
+    def _check_losses(self) -> None:
+        """Refuse stages and weights that would leave a student without an estimator nothing to learn from."""
+        method = self.student.sea_conversion.config.method if self.attention == "sea" else "dense"
+        if method == "sea" or not self.distils:
+            return
+        if self.estimator_steps:
+            raise ValueError(
+                f"estimator_steps is {self.estimator_steps} with method={method!r}, which has no estimator: set it to 0"
+            )
+        weights = self.distillation.to_dict()
+        if not any(weights[name] for name in weights if name not in ("est_kl", "est_mse", "relative")):
+            raise ValueError(
+                f"distillation weighs est_kl and est_mse alone, and {method!r} attention has no estimator to learn them"
+            )
 
     # What a task adds
 
@@ -139,10 +158,10 @@ class DistillationModule(LightningModule):
         """The frozen teacher, on this module's device. Loaded at the first use.
 
         Raises:
-            ValueError: with ``attention="dense"``, or if the teacher's weights are not all trained.
+            ValueError: if the plain model trains without one, or if the teacher's weights are not all trained.
         """
-        if self.attention == "dense":
-            raise ValueError("attention is 'dense': there is no teacher")
+        if not self.distils:
+            raise ValueError("attention is 'dense' and teacher is null: there is no teacher")
         if not self._teacher:
             self._teacher = (self._load_teacher(),)
         teacher = self._teacher[0]
@@ -216,7 +235,7 @@ class DistillationModule(LightningModule):
     def on_fit_start(self) -> None:
         if self._seed is None:
             self._seed = torch.initial_seed()
-        if self.attention == "sea":
+        if self.distils:
             _ = self.teacher  # fail now rather than in the first step
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
@@ -225,7 +244,7 @@ class DistillationModule(LightningModule):
         torch.manual_seed((self._seed * 1_000_003 + step) % 2**63)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        if self.attention == "dense":
+        if not self.distils:
             losses = {"task": self.task_loss(self._forward(self.student, batch).logits, batch)}
             loss = losses["task"]
         else:
