@@ -14,7 +14,8 @@ from lightning_sea.distillation import DistillationConfig
 from lightning_sea.tasks import OptimizerConfig
 
 ROOT = Path(__file__).parent.parent / "configs"
-FRAGMENTS = [*sorted(ROOT.glob("trainer/*.yaml")), ROOT / "glue" / "dense.yaml"]
+BASELINES = sorted(ROOT.glob("baselines/*.yaml"))
+FRAGMENTS = [*sorted(ROOT.glob("trainer/*.yaml")), ROOT / "glue" / "dense.yaml", *BASELINES]
 COMPLETE = sorted(set(ROOT.glob("**/*.yaml")) - set(FRAGMENTS))
 GROUPS = {"sea": SEAConfig, "distillation": DistillationConfig, "optimizer": OptimizerConfig}
 
@@ -65,6 +66,26 @@ def test_fragments_go_behind_a_complete_configuration(read, path):
     assert together.as_dict() != alone.as_dict()
     assert together.model.init_args.task == "mnli"
     assert together.trainer.logger.init_args.name == "mnli"
+
+
+@pytest.mark.parametrize("experiment", ["glue/mnli.yaml", "opt/opt_125m.yaml", "smollm2/smollm2_text.yaml"])
+@pytest.mark.parametrize("path", BASELINES, ids=lambda path: path.stem)
+def test_baselines_change_the_method_and_leave_hidden_logit_and_task_losses(read, path, experiment):
+    ours, theirs = read(experiment), read(experiment, str(path.relative_to(ROOT)))
+    before, after = ours.model.init_args, theirs.model.init_args
+    weights = dict.fromkeys(("est_kl", "est_mse", "attn_kl", "attn_mse", "context"), 0.0)
+    assert after.distillation.as_dict() == before.distillation.as_dict() | weights
+    assert after.optimizer == before.optimizer
+    assert theirs.trainer.max_steps == ours.trainer.max_steps
+    assert theirs.trainer.logger.init_args.save_dir != ours.trainer.logger.init_args.save_dir
+    if path.stem == "dense":
+        assert (after.attention, after.teacher) == ("dense", None)
+        return
+    config = SEAConfig(**after.sea.as_dict())
+    assert (after.attention, after.estimator_steps, config.method) == ("sea", 0, path.stem)
+    assert config.k == before.sea.k
+    redraws = [callback.class_path.endswith("ProjectionRedraw") for callback in theirs.trainer.callbacks]
+    assert any(redraws) or path.stem != "performer"
 
 
 def test_paper_configurations_are_the_papers_presets(read):
