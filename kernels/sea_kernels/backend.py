@@ -19,8 +19,12 @@ def has_triton() -> bool:
 
 def fits_kernels(*tensors: Tensor) -> bool:
     """Whether the Triton kernels take these ``[..., D]`` tensors: float32 or half precision, at most 256 wide."""
-    dtypes = torch.float16, torch.bfloat16, torch.float32
-    return all(tensor.dtype in dtypes and tensor.shape[-1] <= 256 for tensor in tensors)
+    return has_kernel_dtype(*tensors) and all(tensor.shape[-1] <= 256 for tensor in tensors)
+
+
+def has_kernel_dtype(*tensors: Tensor) -> bool:
+    """Whether the Triton kernels take tensors of these dtypes, whatever their shapes."""
+    return all(tensor.dtype in (torch.float16, torch.bfloat16, torch.float32) for tensor in tensors)
 
 
 def choose_backend(backend: Backend, tensor: Tensor, *, triton_exists: bool, operation: str) -> str:

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..backend import Backend, choose_backend
+from ..backend import Backend, choose_backend, fits_kernels, has_kernel_dtype
 from ..bins import LAYOUTS, Layout
 from ..checks import check_bins, check_choice, check_mask, check_qkv, check_same_device, check_shape
 from ..masks import BinMask, RunMask
-from ..spans import row_spans
+from ..spans import check_rows, row_spans
 
 __all__ = ["TeacherStatistics", "attention_loss", "estimation_loss", "kept_mass", "teacher_statistics"]
 
@@ -69,18 +69,18 @@ def teacher_statistics(
     check_qkv(query, key)
     _check_layout(num_bins, layout, shift)
     check_same_device(query=query, attention_mask=attention_mask)
-    batch, _, num_queries, _ = query.shape
-    spans = row_spans(
-        batch, num_queries, key.shape[2], causal=causal, attention_mask=attention_mask, device=query.device
-    )
-    choose_backend(backend, query, triton_exists=False, operation="teacher_statistics")
+    rows = len(query), query.shape[2], key.shape[2]
+    check_rows(*rows, causal=causal, attention_mask=attention_mask)
+    bins = {"num_bins": num_bins, "layout": layout, "causal": causal, "scaling": scaling, "shift": shift}
+    exists = fits_kernels(query)
+    if choose_backend(backend, query, triton_exists=exists, operation="teacher_statistics") == "triton":
+        from . import triton_teacher
+
+        return TeacherStatistics(*triton_teacher.teacher_statistics(query, key, attention_mask=attention_mask, **bins))
     from . import reference
 
-    return TeacherStatistics(
-        *reference.teacher_statistics(
-            query, key, spans, num_bins=num_bins, layout=layout, causal=causal, scaling=scaling, shift=shift
-        )
-    )
+    spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)
+    return TeacherStatistics(*reference.teacher_statistics(query, key, spans, **bins))
 
 
 def estimation_loss(
@@ -126,14 +126,21 @@ def estimation_loss(
         "statistics.mass", statistics.mass, tuple(scores.shape), "scores' [batch, num_heads, num_queries, num_bins]"
     )
     for name in ("entropy", "square"):
-        rows = tuple(scores.shape[:3])
-        check_shape(f"statistics.{name}", getattr(statistics, name), rows, "[batch, num_heads, num_queries]")
+        per_row = tuple(scores.shape[:3])
+        check_shape(f"statistics.{name}", getattr(statistics, name), per_row, "[batch, num_heads, num_queries]")
     check_same_device(scores=scores, attention_mask=attention_mask, **statistics._asdict())
     num_keys = num_queries if num_keys is None else num_keys
-    spans = row_spans(batch, num_queries, num_keys, causal=causal, attention_mask=attention_mask, device=scores.device)
-    choose_backend(backend, scores, triton_exists=False, operation="estimation_loss")
+    rows = batch, num_queries, num_keys
+    check_rows(*rows, causal=causal, attention_mask=attention_mask)
+    exists = has_kernel_dtype(scores, *statistics)
+    if choose_backend(backend, scores, triton_exists=exists, operation="estimation_loss") == "triton":
+        from .gradient import TritonEstimationLoss
+
+        constants = (tensor.detach() for tensor in statistics)
+        return TritonEstimationLoss.apply(scores, *constants, layout, causal, num_keys, attention_mask, shift)
     from . import reference
 
+    spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=scores.device)
     return reference.estimation_loss(scores, *statistics, spans, layout=layout, shift=shift)
 
 
@@ -180,20 +187,18 @@ def attention_loss(
     check_shape("teacher_query", teacher_query, (batch, heads, num_queries, None), "query's [N, H, T] and any width")
     check_shape("teacher_key", teacher_key, (batch, None, num_keys, None), "key's S positions")
     check_same_device(query=query, teacher_query=teacher_query, attention_mask=attention_mask)
-    spans = row_spans(batch, num_queries, num_keys, causal=causal, attention_mask=attention_mask, device=query.device)
-    choose_backend(backend, query, triton_exists=False, operation="attention_loss")
+    rows = batch, num_queries, num_keys
+    check_rows(*rows, causal=causal, attention_mask=attention_mask)
+    tensors = teacher_query.detach(), teacher_key.detach(), query, key
+    exists = fits_kernels(teacher_query, query)
+    if choose_backend(backend, query, triton_exists=exists, operation="attention_loss") == "triton":
+        from .gradient import TritonAttentionLoss
+
+        return TritonAttentionLoss.apply(*tensors, attention_mask, causal, teacher_scaling, scaling)
     from . import reference
 
-    return reference.attention_loss(
-        teacher_query,
-        teacher_key,
-        query,
-        key,
-        spans,
-        causal=causal,
-        teacher_scaling=teacher_scaling,
-        scaling=scaling,
-    )
+    spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)
+    return reference.attention_loss(*tensors, spans, causal=causal, teacher_scaling=teacher_scaling, scaling=scaling)
 
 
 def kept_mass(
@@ -229,13 +234,18 @@ def kept_mass(
     check_mask(mask, query.shape, causal)
     bits = mask.bits if isinstance(mask, BinMask) else mask.starts
     check_same_device(query=query, mask=bits, attention_mask=attention_mask)
-    batch, _, num_queries, _ = query.shape
-    spans = row_spans(
-        batch, num_queries, key.shape[2], causal=causal, attention_mask=attention_mask, device=query.device
-    )
-    choose_backend(backend, query, triton_exists=False, operation="kept_mass")
+    rows = len(query), query.shape[2], key.shape[2]
+    check_rows(*rows, causal=causal, attention_mask=attention_mask)
+    exists = fits_kernels(query)
+    if choose_backend(backend, query, triton_exists=exists, operation="kept_mass") == "triton":
+        from . import triton_kept_mass
+
+        return triton_kept_mass.kept_mass(
+            query, key, mask, causal=causal, scaling=scaling, attention_mask=attention_mask
+        )
     from . import reference
 
+    spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)
     return reference.kept_mass(query, key, mask, spans, causal=causal, scaling=scaling)
 
 

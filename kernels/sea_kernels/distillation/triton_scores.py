@@ -1,0 +1,132 @@
+"""Tiles of attention scores in base 2, shared by the Triton forms of distillation, and the log-sum-exp of rows."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_common import item_span, on_device, row_span
+
+LOG2E = 1.4426950408889634
+
+
+def tile_config(*tensors: Tensor) -> dict:
+    """Rows and keys of a tile and launch parameters for inputs ``[..., D]`` that are loaded side by side.
+
+    Starting points rather than measured optima: all tiles of a program fit into 100 KiB of shared memory.
+    """
+    width = sum(padded_width(tensor) * tensor.element_size() for tensor in tensors)
+    if width <= 256:
+        return {"ROWS": 64, "KEYS": 64, "num_warps": 4, "num_stages": 3}
+    if width <= 512:
+        return {"ROWS": 64, "KEYS": 32, "num_warps": 4, "num_stages": 2}
+    if width <= 1024:
+        return {"ROWS": 32, "KEYS": 32, "num_warps": 4, "num_stages": 2}
+    return {"ROWS": 16, "KEYS": 16, "num_warps": 4, "num_stages": 1}
+
+
+def padded_width(tensor: Tensor) -> int:
+    """Columns that a tile of ``tensor [..., D]`` has in a kernel."""
+    return max(16, triton.next_power_of_2(tensor.shape[-1]))
+
+
+def product_precision(*tensors: Tensor) -> str:
+    """How products of float32 tiles are computed: exactly; it has no meaning for half precision."""
+    return "ieee" if any(tensor.dtype == torch.float32 for tensor in tensors) else "tf32"
+
+
+def row_lse(query: Tensor, key: Tensor, spans: Tensor | None, *, causal: bool, scaling: float) -> Tensor:
+    """Base-2 logarithm of the sum of ``exp(scaling * q . k)`` over the keys that each row sees.
+
+    Args:
+        query: ``[N, H, T, D]`` with contiguous rows.
+        key: ``[N, G, S, D]`` with contiguous rows.
+        spans: int32 ``[N, 2]`` of ``triton_common.item_spans``.
+        causal: whether a row sees only keys up to its own position.
+        scaling: factor of the scores.
+
+    Returns:
+        float32 ``[N, H, T]``, 0 in padding rows.
+    """
+    batch, heads, num_queries, head_dim = query.shape
+    lse = query.new_empty(batch, heads, num_queries, dtype=torch.float32)
+    config = tile_config(query)
+    with on_device(query):
+        _lse_kernel[(triton.cdiv(num_queries, config["ROWS"]), heads, batch)](
+            query,
+            key,
+            lse,
+            spans,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            heads // key.shape[1],
+            num_queries,
+            key.shape[2],
+            scaling * LOG2E,
+            HEAD_DIM=head_dim,
+            HEAD_PADDED=padded_width(query),
+            CAUSAL=causal,
+            HAS_PADDING=spans is not None,
+            PRECISION=product_precision(query),
+            **config,
+        )
+    return lse
+
+
+@triton.jit
+def last_block_first(num_queries, ROWS: tl.constexpr):
+    """Rows of this program: later rows of a causal map see more keys, and the longest work had better start first."""
+    return (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS + tl.arange(0, ROWS)
+
+
+@triton.jit
+def load_rows(X, rows, m_row, x_row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of ``X [..., WIDTH]``, zeros where masked. [ROWS, PADDED]"""
+    o_dim = tl.arange(0, PADDED)
+    p_x = X + rows.to(tl.int64)[:, None] * x_row + o_dim[None, :]
+    return tl.load(p_x, mask=m_row[:, None] & (o_dim < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "scale"])
+def _lse_kernel(
+    Q,
+    K,
+    LSE,
+    SPANS,
+    q_item,
+    q_head,
+    q_row,
+    k_item,
+    k_head,
+    k_row,
+    heads_per_group,
+    num_queries,
+    num_keys,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
+    rows = last_block_first(num_queries, ROWS)
+    _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
+    m_row = rows < num_queries
+    b_q = load_rows(Q + item * q_item + head * q_head, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)  # [ROWS, HEAD]
+    K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
+    highest = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for begin in range(0, tl.max(length), KEYS):
+        o_key = begin + tl.arange(0, KEYS)
+        b_k = load_rows(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)  # [KEYS, HEAD]
+        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [ROWS, KEYS]
+        scores = tl.where(o_key[None, :] < length[:, None], scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        total = total * tl.exp2(highest - new_highest) + tl.sum(tl.exp2(scores - new_highest[:, None]), 1)
+        highest = new_highest
+    lse = tl.where(length > 0, highest + tl.log2(tl.where(length > 0, total, 1.0)), 0.0)
+    tl.store(LSE + (item * tl.num_programs(1) + head) * num_queries + rows, lse, mask=m_row)

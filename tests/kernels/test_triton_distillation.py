@@ -1,0 +1,314 @@
+"""The Triton forms of distillation against the PyTorch forms in float64, in the interpreter where there is no GPU."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sea_kernels import attention_loss, estimation_loss, kept_mass, teacher_statistics
+from sea_kernels.distillation import TeacherStatistics, reference
+from sea_kernels.masks import BinMask, RunMask, pack_bits
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])  # the interpreter's bfloat16 is wrong
+LAYOUTS = [("relative", 0), ("relative", -190), ("aligned", 0)]
+PLACES = {  # causal, queries, keys, (padding left, padding right) per item
+    "causal": (True, 63, 63, None),
+    "one row": (True, 1, 111, None),
+    "fewer keys than bins": (True, 20, 20, None),
+    "cache and padding": (True, 70, 111, [(46, 0), (0, 21)]),
+    "bidirectional": (False, 111, 111, None),
+    "bidirectional, padding": (False, 66, 66, [(10, 3), (66, 0)]),  # the second item is empty
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New tensors hold NaN, or the largest integer, until something is written to them."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=PLACES)
+def place(request, padding_mask):
+    """Number of items, queries and keys, and the arguments that say which keys a row sees."""
+    causal, queries, keys, sides = PLACES[request.param]
+    mask = None if sides is None else padding_mask(keys, sides).to(DEVICE)
+    return 1 if sides is None else len(sides), queries, keys, {"causal": causal, "attention_mask": mask}
+
+
+def random(*shape, seed=0, size=1.0):
+    generator = torch.Generator().manual_seed(seed)
+    return (size * torch.randn(*shape, dtype=torch.float64, generator=generator)).float().to(DEVICE)
+
+
+def random_mask(shape, layout, shift=0):
+    keep = torch.rand(*shape, 32, generator=torch.Generator().manual_seed(1)) < 0.3
+    return BinMask(pack_bits(keep).to(DEVICE), 32, layout, shift)
+
+
+def assert_near(actual, exact, tolerance=1e-5):
+    """The error is within ``tolerance`` of the size of the exact result."""
+    for one, other in zip(actual, exact, strict=True):
+        assert one.shape == other.shape
+        assert (one.double() - other).norm() <= tolerance * other.norm()
+
+
+def with_gradients(losses, inputs, size=1.0):
+    """Losses and the gradients of a randomly weighted sum of them."""
+    weights = [random(*loss.shape, seed=seed, size=size).to(loss.dtype) for seed, loss in enumerate(losses)]
+    total = sum((weight * loss).sum() for weight, loss in zip(weights, losses, strict=True))
+    return [loss.detach() for loss in losses], torch.autograd.grad(total, inputs)
+
+
+def compare_statistics(query, key, num_bins=32, tolerance=1e-5, **rest):
+    actual = teacher_statistics(query, key, num_bins=num_bins, scaling=0.4, backend="triton", **rest)
+    exact = teacher_statistics(
+        query.double(), key.double(), num_bins=num_bins, scaling=0.4, backend="reference", **rest
+    )
+    assert all(tensor.dtype == torch.float32 for tensor in actual)
+    assert_near(actual, exact, tolerance)
+    return actual
+
+
+def compare_attention_losses(tensors, *, size=1.0, tolerance=1e-5, gradient_tolerance=1e-5, **rest):
+    """Losses and gradients of student's and teacher's ``[N, H, T, D]``, ``[N, G, S, D]``; returns the gradients."""
+    results = []
+    for backend, cast in (("triton", lambda x: x), ("reference", lambda x: x.double())):
+        teacher_query, teacher_key, query, key = (cast(x).detach() for x in tensors)
+        student = query.requires_grad_(), key.requires_grad_()
+        losses = attention_loss(
+            teacher_query, teacher_key, *student, teacher_scaling=0.6, scaling=0.3, backend=backend, **rest
+        )
+        results.append(with_gradients(losses, student, size))
+    (losses, grads), (exact_losses, exact_grads) = results
+    assert all(loss.dtype == torch.float32 for loss in losses)
+    assert all(grad.dtype == x.dtype for grad, x in zip(grads, tensors[2:], strict=True))
+    assert_near(losses, exact_losses, tolerance)
+    assert_near(grads, exact_grads, gradient_tolerance)
+    return grads
+
+
+@pytest.mark.parametrize(("layout", "shift"), LAYOUTS)
+def test_statistics_match(place, layout, shift):
+    batch, queries, keys, rest = place
+    query, key = random(batch, 2, queries, 16), random(batch, 1, keys, 16, seed=1)
+    mass, entropy, _ = compare_statistics(query, key, layout=layout, shift=shift, **rest)
+    real = entropy != 0
+    torch.testing.assert_close(mass.sum(-1)[real], torch.ones_like(mass.sum(-1)[real]))
+    assert not mass[~real & (mass.sum(-1) < 0.5)].any()
+
+
+@pytest.mark.parametrize("layout", ["relative", "aligned"])
+@pytest.mark.parametrize(("queries", "keys"), [(3, 700), (5, 4500), (2, 2049)])
+def test_bins_across_tiles_of_keys(layout, queries, keys):
+    """Rows of several widths next to each other, bins that begin and end anywhere in a tile, bins wider than one."""
+    query, key = random(1, 1, queries, 16, size=2.0), random(1, 1, keys, 16, seed=1)
+    compare_statistics(query, key, layout=layout, causal=True)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_statistics_of_half_precision_odd_widths_and_transposed_inputs(dtype):
+    query, key = random(1, 70, 4, 59).to(dtype).transpose(1, 2), random(1, 70, 2, 59, seed=1).to(dtype).transpose(1, 2)
+    compare_statistics(query, key, num_bins=96, layout="relative", causal=True)
+
+
+@pytest.mark.parametrize(("layout", "shift"), LAYOUTS)
+def test_estimation_loss_matches(place, layout, shift):
+    batch, queries, keys, rest = place
+    rest |= {"layout": layout, "shift": shift}
+    query, key = random(batch, 2, queries, 16).double(), random(batch, 2, keys, 16, seed=1).double()
+    statistics = teacher_statistics(query, key, num_bins=32, scaling=0.4, **rest)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        scores = random(batch, 2, queries, 32, seed=2, size=2.0).to(dtype).requires_grad_()
+        numbers = TeacherStatistics(*(tensor.to(dtype) for tensor in statistics))
+        losses = estimation_loss(scores, numbers, num_keys=keys, backend=backend, **rest)
+        losses, grads = with_gradients(losses, [scores])
+        results.append((*losses, *grads))
+    assert_near(*results)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_estimation_loss_of_half_precision_scores(dtype):
+    query, key, scores = random(1, 2, 45, 8), random(1, 2, 45, 8, seed=1), random(1, 45, 2, 96, seed=2)
+    scores = scores.to(dtype).transpose(1, 2)
+    statistics = teacher_statistics(query, key, num_bins=96, layout="relative", causal=True, scaling=1.0)
+    results = []
+    for backend in ("triton", "reference"):
+        losses = estimation_loss(scores.requires_grad_(), statistics, layout="relative", causal=True, backend=backend)
+        results.append(with_gradients(losses, [scores]))
+    assert results[0][1][0].dtype == dtype
+    assert_near(results[0][0], results[1][0])
+    assert_near(results[0][1], results[1][1], 1e-2)
+
+
+def test_attention_loss_matches(place):
+    """With key heads for two query heads each in the student, and another number and width of heads in the teacher."""
+    batch, queries, keys, rest = place
+    student = random(batch, 4, queries, 16), random(batch, 2, keys, 16, seed=1)
+    teacher = random(batch, 4, queries, 8, seed=2), random(batch, 1, keys, 8, seed=3)
+    grads = compare_attention_losses((*teacher, *student), **rest)
+    if rest["attention_mask"] is not None:
+        for grad in grads:
+            assert not grad.transpose(1, 2)[~rest["attention_mask"][:, -grad.shape[2] :]].any()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_attention_loss_of_half_precision_and_odd_widths(dtype):
+    student = random(1, 70, 2, 59).to(dtype), random(1, 70, 1, 59, seed=1).to(dtype)
+    teacher = random(1, 70, 2, 27, seed=2).to(dtype), random(1, 70, 2, 27, seed=3).to(dtype)
+    tensors = [x.transpose(1, 2) for x in (*teacher, *student)]
+    compare_attention_losses(tensors, gradient_tolerance=1e-3 if dtype == torch.float16 else 1e-2, causal=True)
+
+
+def test_small_gradients_in_half_precision():
+    """The mean over many rows makes gradients of scores that float16 cannot hold; the query's it can."""
+    query, key = random(2, 2, 40, 16, size=0.02).half(), random(2, 2, 40, 16, seed=1, size=100.0).half()
+    grads = []
+    for backend, cast in (("triton", lambda x: x), ("reference", lambda x: x.double())):
+        student = cast(query[1:]).requires_grad_()
+        losses = attention_loss(
+            cast(query[:1]),
+            cast(key[:1]),
+            student,
+            cast(key[1:]),
+            causal=True,
+            teacher_scaling=0.6,
+            scaling=0.3,
+            backend=backend,
+        )
+        grads.append(with_gradients(losses, [student], size=1e-6)[1])
+    assert_near(*grads, tolerance=0.05)
+
+
+@pytest.mark.parametrize("width", [128, 256])
+def test_attention_loss_of_wide_heads(width):
+    tensors = [random(1, 1, 45, width, seed=seed) for seed in range(4)]
+    compare_attention_losses(tensors, causal=True)
+
+
+def test_only_wanted_gradients_are_computed():
+    teacher, query, key = random(1, 2, 20, 8), random(1, 2, 20, 8, seed=1), random(1, 2, 20, 8, seed=2)
+    both = compare_attention_losses((teacher, teacher, query, key), causal=True)
+    for index in range(2):
+        student = [query.clone(), key.clone()]
+        student[index].requires_grad_()
+        losses = attention_loss(
+            teacher.clone().requires_grad_(),
+            teacher,
+            *student,
+            causal=True,
+            teacher_scaling=0.6,
+            scaling=0.3,
+            backend="triton",
+        )
+        _, (grad,) = with_gradients(losses, [student[index]])
+        assert torch.equal(grad, both[index])
+
+
+def test_the_teacher_gets_no_gradient():
+    query, key = random(1, 2, 20, 16).requires_grad_(), random(1, 2, 20, 16, seed=1).requires_grad_()
+    rest = {"causal": True, "backend": "triton"}
+    statistics = teacher_statistics(query, key, num_bins=32, layout="aligned", scaling=1.0, **rest)
+    constants = TeacherStatistics(*(tensor.requires_grad_() for tensor in statistics))
+    losses = attention_loss(query, key, query.detach(), key.detach(), teacher_scaling=1.0, scaling=1.0, **rest)
+    losses += estimation_loss(random(1, 2, 20, 32), constants, layout="aligned", **rest)
+    assert not any(loss.requires_grad for loss in losses)
+
+
+def test_the_teacher_s_own_scores_cost_nothing():
+    query, key = random(1, 2, 70, 16), random(1, 1, 70, 16, seed=1)
+    rest = {"causal": True, "teacher_scaling": 0.7, "scaling": 0.7, "backend": "triton"}
+    losses = attention_loss(query, key, query.requires_grad_(), key, **rest)
+    assert not any(loss.any() for loss in losses)
+    assert not torch.autograd.grad(sum(loss.sum() for loss in losses), query)[0].any()
+
+
+@pytest.mark.parametrize(("layout", "shift"), LAYOUTS)
+@pytest.mark.parametrize(
+    ("causal", "queries", "keys", "sides"),
+    [(True, 20, 63, [(50, 0), (0, 11)]), (True, 1, 40, [(0, 0)]), (False, 21, 21, [(6, 3), (21, 0)])],
+)
+def test_kept_mass_of_bins_matches(padding_mask, causal, queries, keys, sides, layout, shift):
+    query, key = random(len(sides), 2, queries, 16), random(len(sides), 1, keys, 16, seed=1)
+    rest = {"causal": causal, "scaling": 0.4, "attention_mask": padding_mask(keys, sides).to(DEVICE)}
+    mask = random_mask(query.shape[:3], layout, shift)
+    actual = kept_mass(query, key, mask, backend="triton", **rest)
+    exact = kept_mass(query.double(), key.double(), mask, backend="reference", **rest)
+    assert_near([actual], [exact])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_kept_mass_of_runs_matches(dtype):
+    query, key = random(1, 2, 40, 27).to(dtype), random(1, 2, 63, 27, seed=1).to(dtype)
+    starts = torch.tensor([0, 8, 16, -1], dtype=torch.int32, device=DEVICE).expand(1, 2, 40, 4).contiguous()
+    mask = RunMask(starts, width=4)
+    rest = {"causal": True, "scaling": 0.4}
+    actual = kept_mass(query, key, mask, backend="triton", **rest)
+    exact = kept_mass(query.double(), key.double(), mask, backend="reference", **rest)
+    assert actual.dtype == torch.float32
+    assert_near([actual], [exact])
+
+
+def all_operations(query, key, scores, backend):
+    """Every operation once, with gradients."""
+    rest = {"causal": True, "backend": backend}
+    statistics = teacher_statistics(query, key, num_bins=32, layout="aligned", scaling=1.0, **rest)
+    inputs = [x.clone().requires_grad_() for x in (query, key, scores)]
+    losses = estimation_loss(inputs[2], statistics, layout="aligned", **rest)
+    losses += attention_loss(query, key, *inputs[:2], teacher_scaling=1.0, scaling=0.5, **rest)
+    kept = kept_mass(query, key, random_mask(query.shape[:3], "aligned"), scaling=1.0, **rest)
+    losses, grads = with_gradients(losses, inputs)
+    return *statistics, *losses, kept, *grads
+
+
+def test_the_kernels_run(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("the PyTorch form was called")
+
+    for name in ("teacher_statistics", "estimation_loss", "attention_loss", "kept_mass"):
+        monkeypatch.setattr(reference, name, refuse)
+    tensors = random(1, 2, 20, 16), random(1, 1, 20, 16, seed=1), random(1, 2, 20, 32, seed=2)
+    first, second = (all_operations(*tensors, "triton") for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))  # deterministic, too
+    if DEVICE == "cuda":
+        all_operations(*tensors, "auto")
+    else:
+        with pytest.raises(AssertionError, match="PyTorch form"):
+            all_operations(*tensors, "auto")
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that an operation made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(tensor, torch.Tensor):
+                self.numel = max(self.numel, tensor.numel())
+        return result
+
+
+def test_memory_is_linear():
+    rows = 130
+    tensors = random(1, 1, rows, 16), random(1, 1, rows, 16, seed=1), random(1, 1, rows, 32, seed=2)
+    with LargestTensor() as largest:
+        all_operations(*tensors, "triton")
+    assert rows * 32 <= largest.numel < rows * rows
+
+
+def test_float64_has_no_kernel():
+    query, key, scores = (x.double() for x in (random(1, 2, 20, 8), random(1, 2, 20, 8), random(1, 2, 20, 32)))
+    rest = {"causal": True, "backend": "triton"}
+    statistics = teacher_statistics(query, key, num_bins=32, layout="aligned", scaling=1.0, causal=True)
+    with pytest.raises(NotImplementedError, match=r"teacher_statistics.* no Triton form"):
+        teacher_statistics(query, key, num_bins=32, layout="aligned", scaling=1.0, **rest)
+    with pytest.raises(NotImplementedError, match=r"estimation_loss.* no Triton form"):
+        estimation_loss(scores, statistics, layout="aligned", **rest)
+    with pytest.raises(NotImplementedError, match=r"attention_loss.* no Triton form"):
+        attention_loss(query, key, query.float(), key.float(), teacher_scaling=1.0, scaling=1.0, **rest)
+    with pytest.raises(NotImplementedError, match=r"kept_mass.* no Triton form"):
+        kept_mass(query, key, random_mask((1, 2, 20), "aligned"), scaling=1.0, **rest)
