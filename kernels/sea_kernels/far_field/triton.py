@@ -13,10 +13,10 @@ from torch import Tensor
 from ..masks import BinMask, RunMask
 from ..triton_common import aligned_level, count_levels, item_span, item_spans, on_device, row_span, with_dense_rows
 from ..triton_entries import BLOCK_ROWS, EntryLists
+from .triton_pool import pool
 
 LOG2E = 1.4426950408889634
 TILE = 32  # keys or runs at a time; also the bins of one word of a mask
-POOL_KEYS = 64  # keys that one program pools at a time
 
 
 def far_field_attention(
@@ -45,7 +45,7 @@ def far_field_attention(
         places = [(bins.num_bins * levels, bins.num_bins, 0)]
         if looks_twice:
             places.append((triton.cdiv(num_keys, width), 0, width.bit_length() - 1))
-        pools = [_pool(key, value, centre, spans, *place) for place in places]
+        pools = [pool(key, value, centre, spans, *place) for place in places]
         near = EntryLists(kept, num_keys, causal, spans)
         inside = EntryLists(bins, num_keys, causal, spans, unit=width)
         for first_block, num_blocks in near.split(triton.cdiv(num_queries, BLOCK_ROWS), 8 * inside.capacity):
@@ -73,7 +73,7 @@ def far_field_attention(
                 num_keys,
                 first_block,
                 levels,
-                pools[-1][2].shape[-1],
+                pools[-1].offset.shape[-1],
                 kept.stride if looks_twice else 1,
                 scaling * LOG2E,
                 HEAD_DIM=head_dim,
@@ -98,127 +98,6 @@ def far_field_attention(
                 maxnreg=168,  # as in the second look
             )
     return output
-
-
-def _pool(
-    key: Tensor, value: Tensor, centre: Tensor, spans: Tensor | None, count: int, num_bins: int, level: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Pooled keys ``[N, H, count, D]`` and values ``[N, H, count, E]``, and what is added to ``scaling * q . k~``.
-
-    With ``num_bins``, place ``l * num_bins + b`` is bin b of 2^l keys; else all places are runs of ``2^level`` keys.
-    The third result, float32 ``[N, H, count]``, is ``log sum_j exp(u . k_j) - u . k~``.
-    """
-    batch, groups, num_keys, head_dim = key.shape
-    heads, value_dim = centre.shape[0], value.shape[-1]
-    keys = key.new_empty(batch, heads, count, head_dim)
-    values = value.new_empty(batch, heads, count, value_dim)
-    offsets = torch.empty(batch, heads, count, dtype=torch.float32, device=key.device)
-    runs = 1 if num_bins else max(1, POOL_KEYS >> level)
-    _pool_kernel[(triton.cdiv(count, runs), heads, batch)](
-        key,
-        value,
-        centre.contiguous(),
-        keys,
-        values,
-        offsets,
-        spans,
-        *key.stride()[:3],
-        *value.stride()[:3],
-        num_keys,
-        count,
-        heads // groups,
-        HEAD_DIM=head_dim,
-        VALUE_DIM=value_dim,
-        HEAD_PADDED=triton.next_power_of_2(head_dim),
-        VALUE_PADDED=triton.next_power_of_2(value_dim),
-        NUM_BINS=num_bins,
-        LEVEL=level,
-        RUNS=runs,
-        TILE_KEYS=16 if num_bins else min(16, 1 << level),
-        HAS_PADDING=spans is not None,
-        num_warps=1 if num_bins else 4,
-    )
-    return keys, values, offsets
-
-
-@triton.jit(do_not_specialize=["num_keys", "count", "heads_per_group"])
-def _pool_kernel(
-    K,
-    V,
-    CENTRE,
-    POOLED_K,
-    POOLED_V,
-    OFFSET,
-    SPANS,
-    k_item,
-    k_head,
-    k_row,
-    v_item,
-    v_head,
-    v_row,
-    num_keys,
-    count,
-    heads_per_group,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
-    VALUE_PADDED: tl.constexpr,
-    NUM_BINS: tl.constexpr,
-    LEVEL: tl.constexpr,
-    RUNS: tl.constexpr,
-    TILE_KEYS: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-):
-    head, item = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
-    place = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
-    level, index = LEVEL, place
-    if NUM_BINS > 0:
-        level, index = tl.program_id(0) // NUM_BINS, place % NUM_BINS
-    begin = index << level  # [RUNS]
-    end = tl.minimum(begin + (1 << level), real)
-    o_dim, o_value, o_tile = tl.arange(0, HEAD_PADDED), tl.arange(0, VALUE_PADDED), tl.arange(0, TILE_KEYS)
-    m_dim, m_value = (o_dim < HEAD_DIM)[None, None, :], (o_value < VALUE_DIM)[None, None, :]
-    group = (head // heads_per_group).to(tl.int64)
-    K += item * k_item + group * k_head
-    V += item * v_item + group * v_head
-    centre = tl.load(CENTRE + head * HEAD_DIM + o_dim, mask=o_dim < HEAD_DIM, other=0.0).to(tl.float32)
-    highest = tl.full([RUNS], -1e30, tl.float32)
-    total = tl.zeros([RUNS], tl.float32)
-    sum_k = tl.zeros([RUNS, HEAD_PADDED], tl.float32)
-    sum_v = tl.zeros([RUNS, VALUE_PADDED], tl.float32)
-    for offset in range(0, tl.minimum(1 << level, tl.max(tl.maximum(end - begin, 0))), TILE_KEYS):
-        o_key = begin[:, None] + offset + o_tile[None, :]  # [RUNS, TILE_KEYS]
-        m_key = o_key < end[:, None]
-        row = (first + o_key).to(tl.int64)[:, :, None]
-        keys = tl.load(K + row * k_row + o_dim[None, None, :], mask=m_key[:, :, None] & m_dim, other=0.0)
-        values = tl.load(V + row * v_row + o_value[None, None, :], mask=m_key[:, :, None] & m_value, other=0.0)
-        keys, values = keys.to(tl.float32), values.to(tl.float32)
-        logits = tl.where(m_key, tl.sum(keys * centre[None, None, :], 2), float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(logits, 1))
-        weights = tl.exp(logits - new_highest[:, None])
-        rescale = tl.exp(highest - new_highest)
-        total = total * rescale + tl.sum(weights, 1)
-        sum_k = sum_k * rescale[:, None] + tl.sum(weights[:, :, None] * keys, 1)
-        sum_v = sum_v * rescale[:, None] + tl.sum(weights[:, :, None] * values, 1)
-        highest = new_highest
-    some = tl.where(total > 0, total, 1.0)  # places without keys are never read
-    pooled = (sum_k / some[:, None]).to(POOLED_K.dtype.element_ty)
-    offset = highest + tl.log(some) - tl.sum(pooled.to(tl.float32) * centre[None, :], 1)
-    m_place = place < count
-    place += (item * tl.num_programs(1) + head) * count
-    tl.store(
-        POOLED_K + place[:, None] * HEAD_DIM + o_dim[None, :],
-        pooled,
-        mask=m_place[:, None] & (o_dim < HEAD_DIM)[None, :],
-    )
-    mean = (sum_v / some[:, None]).to(POOLED_V.dtype.element_ty)
-    tl.store(
-        POOLED_V + place[:, None] * VALUE_DIM + o_value[None, :],
-        mean,
-        mask=m_place[:, None] & (o_value < VALUE_DIM)[None, :],
-    )
-    tl.store(OFFSET + place, offset, mask=m_place)
 
 
 @triton.jit
