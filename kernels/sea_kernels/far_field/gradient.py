@@ -26,7 +26,7 @@ class TritonFarField(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, centre)
         ctx.rest = kept, coarse, attention_mask, causal, scaling
-        return triton.far_field_attention(
+        output, _ = triton.far_field_attention(
             query,
             key,
             value,
@@ -37,6 +37,7 @@ class TritonFarField(torch.autograd.Function):
             scaling=scaling,
             attention_mask=attention_mask,
         )
+        return output
 
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
