@@ -95,6 +95,26 @@ class Walk:
             self.scaling * LOG2E,
         )
 
+    def row_arguments(self, grad_output: Tensor, log_sums: Tensor, delta: Tensor) -> tuple:
+        """What every kernel that sums over rows takes after its own arguments."""
+        return (
+            self.query,
+            grad_output,
+            log_sums,
+            delta,
+            self.bits,
+            self.near.source,
+            self.spans,
+            *self.query.stride()[:3],
+            *grad_output.stride()[:3],
+            self.heads,
+            self.num_queries,
+            self.num_keys,
+            self.levels,
+            self.stride,
+            self.scaling,
+        )
+
     def sizes(self) -> dict:
         """Constants of every kernel of the far field."""
         return {
@@ -111,6 +131,11 @@ class Walk:
             "HAS_PADDING": self.spans is not None,
             "PRECISION": "ieee" if self.query.dtype == torch.float32 else "tf32",
         }
+
+    def row_sizes(self) -> dict:
+        """Constants of the kernels that sum over rows; wider rows are fewer at a time."""
+        row_bytes = max(self.head_dim, self.value_dim) * self.query.itemsize
+        return {"SLOTS": self.near.slots, "ROWS": max(16, min(64, 16384 // row_bytes)), "TILE": TILE}
 
     def list_sizes(self) -> dict:
         """Constants of the kernels that walk lists."""

@@ -1,0 +1,138 @@
+"""The Triton backward pass of the far field against float64 autograd of the PyTorch form."""
+
+import pytest
+import torch
+
+from sea_kernels import far_field_attention, pooled_selection, second_look, triton_entries
+from sea_kernels.far_field import reference, triton_pooled_grad
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NAMES = "query", "key", "value", "centre"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New tensors hold NaN, or the largest integer, until something is written to them."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def masks_of(query, key, looks, *, width=2, stride=1, num_bins=32, k=24, **place):
+    """Kept keys, and the first look's bins if there are two looks."""
+    ones = torch.ones(query.shape[1], device=query.device)
+    options = {"mean_weight": ones, "bound_weight": ones, "stride": stride, "backend": "reference", **place}
+    bins = pooled_selection(query, key, k=k, num_bins=num_bins, **options)
+    if looks == 1:
+        return bins, None
+    return second_look(query, key, bins, k=k // 3, width=width, window=0, keep_first=True, **options), bins
+
+
+def centre_of(query):
+    centre = 0.3 * torch.randn(query.shape[1], query.shape[-1], generator=torch.Generator().manual_seed(1))
+    return centre.to(query.device)
+
+
+def graph_of(tensors, masks, backend, **place):
+    """Inputs that require gradients, and the result."""
+    inputs = [x.detach().requires_grad_() for x in tensors]
+    return inputs, far_field_attention(*inputs[:3], *masks, centre=inputs[3], backend=backend, **place)
+
+
+def assert_same(tensors, *, looks, causal=True, attention_mask=None, tolerance=2e-6, **options):
+    """Every gradient is within ``tolerance`` of its size of float64, and bitwise the same in a second run."""
+    query, key, value = (x.to(DEVICE) for x in tensors)
+    place = {"causal": causal, "scaling": query.shape[-1] ** -0.5}
+    place["attention_mask"] = None if attention_mask is None else attention_mask.to(DEVICE)
+    masks = masks_of(query, key, looks, **options, **place)
+    inputs, output = graph_of([query, key, value, centre_of(query)], masks, "triton", **place)
+    grad_output = torch.randn(output.shape, generator=torch.Generator().manual_seed(2)).to(output)
+    grads = torch.autograd.grad(output, inputs, grad_output, retain_graph=True)
+    again = torch.autograd.grad(output, inputs, grad_output)
+    exact, output = graph_of([x.double() for x in inputs], masks, "reference", **place)
+    exact = torch.autograd.grad(output, exact, grad_output.double())
+    for name, tensor, grad, repeated, truth in zip(NAMES, inputs, grads, again, exact, strict=True):
+        assert grad.dtype == tensor.dtype
+        assert grad.shape == tensor.shape
+        assert torch.equal(grad, repeated), name
+        error = (grad.double() - truth).norm() / truth.norm()
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("looks", [1, 2])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 80), (24, 80), (63, 63)])
+def test_causal_rows_match(random_qkv, queries, keys, looks):
+    tensors = random_qkv(batch=1, heads=2, groups=1, queries=queries, keys=keys, width=8, value_width=5)
+    assert_same([x.float() for x in tensors], looks=looks)
+
+
+@pytest.mark.parametrize("stride", [1, 4])
+def test_padding_on_both_sides(random_qkv, padding_mask, stride):
+    tensors = [x.float() for x in random_qkv(heads=1, groups=1, queries=30, keys=85, width=8)]
+    assert_same(tensors, looks=2, attention_mask=padding_mask(85, [(60, 0), (3, 6)]), stride=stride)
+
+
+def test_an_item_without_real_keys_gets_zeros(random_qkv, padding_mask):
+    tensors = [x.float() for x in random_qkv(heads=1, groups=1, queries=34, width=4)]
+    assert_same(tensors, looks=1, attention_mask=padding_mask(34, [(34, 0), (0, 1)]))
+
+
+def test_bidirectional_rows_match(random_qkv, padding_mask):
+    tensors = [x.float() for x in random_qkv(heads=1, groups=1, queries=80, width=8)]
+    assert_same(tensors, looks=2, causal=False, attention_mask=padding_mask(80, [(10, 3), (50, 0)]))
+
+
+def test_half_precision_and_odd_widths(random_qkv):
+    tensors = [x.half() for x in random_qkv(batch=1, heads=1, groups=1, queries=80, width=27, value_width=20)]
+    assert_same(tensors, looks=2, tolerance=2e-3)
+
+
+def test_runs_wider_than_bins_and_tiles(random_qkv):
+    tensors = [x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=40, keys=150, width=4)]
+    assert_same(tensors, looks=2, width=64, k=400)
+
+
+def test_long_inputs_take_several_launches_and_partial_sums(random_qkv, monkeypatch):
+    monkeypatch.setattr(triton_entries, "LIST_BYTES", 1)
+    monkeypatch.setattr(triton_pooled_grad, "SPLIT_ROWS", 24)
+    tensors = [x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=70, width=4)]
+    assert_same(tensors, looks=2)
+
+
+def test_views_of_other_layouts(random_qkv):
+    def per_token(tensor):
+        return tensor.float().transpose(1, 2).contiguous().transpose(1, 2).to(DEVICE)
+
+    tensors = [per_token(x) for x in random_qkv(batch=1, heads=2, groups=2, queries=34, width=4)]
+    masks = masks_of(*tensors[:2], 1, causal=True, scaling=0.5)
+    tensors.append(centre_of(tensors[0]).T.contiguous().T)
+    grads = []
+    for backend in ("triton", "reference"):
+        inputs, output = graph_of(tensors, masks, backend, causal=True, scaling=0.5)
+        weight = torch.arange(34, device=DEVICE)[:, None].expand(34, 2).float().requires_grad_()
+        grads.append(torch.autograd.grad(torch.einsum("nhte,th->", output, weight), inputs))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+
+
+def test_only_wanted_gradients_and_never_the_reference(random_qkv, monkeypatch):
+    monkeypatch.delattr(reference, "far_field_attention")
+    query, key, value = (x.float().to(DEVICE) for x in random_qkv(batch=1, heads=1, groups=1, queries=20, width=4))
+    masks = masks_of(query, key, 1, k=8, causal=True, scaling=0.5)
+    centre = centre_of(query).half().requires_grad_()
+    value.requires_grad_()
+    output = far_field_attention(query, key, value, *masks, centre=centre, causal=True, scaling=0.5, backend="triton")
+    output.square().sum().backward()
+    assert centre.grad.dtype == torch.float16
+    assert value.grad.abs().sum() > 0
+    assert query.grad is None
+    assert key.grad is None
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter has no bfloat16 and is slow")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 3e-3), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("looks", [1, 2])
+@pytest.mark.parametrize("width", [64, 128])
+def test_long_rows_match(random_qkv, dtype, tolerance, looks, width):
+    sizes = {"batch": 1, "heads": 4, "groups": 2, "width": width, "value_width": width}
+    tensors = [x.to(dtype) for x in random_qkv(queries=1000, keys=3000, **sizes)]
+    assert_same(tensors, looks=looks, width=4, num_bins=256, k=192, stride=4, tolerance=tolerance)
