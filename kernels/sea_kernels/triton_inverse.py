@@ -1,0 +1,275 @@
+"""Entry lists turned around, for the Triton kernels that sum over the rows that keep a key (gradients of keys, values).
+
+A *unit* is the run of keys of one entry: ``2^level`` keys at a multiple of that. For every unit of every head there is
+the list of the rows that keep it. It is a counting sort without a host synchronisation: blocks of rows are counted in
+chunks, sums over units and chunks give every chunk its place in every list, and one program per chunk then visits the
+chunk's blocks in order. So rows ascend from chunk to chunk and from block to block, and two runs give equal lists.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .masks import RunMask
+from .triton_common import count_levels
+from .triton_entries import BLOCK_ROWS, Entries, EntryLists
+
+UNIT_BITS = 5  # of a list's element that tell apart the units of one tile, which therefore has at most 32 keys
+MOST_CHUNKS = 64  # so that the table of counts grows with the keys alone
+CHUNK_BLOCKS = 16  # blocks in a chunk, at least
+ENTRIES_AT_ONCE = 128
+PART_ROWS = 1024  # rows in a part of a tile, at least
+PART_MEANS = 8  # and at least this many times what a tile has on average
+
+
+class InverseLists:
+    """For every unit of a head the rows that keep it.
+
+    Within a head, unit u of level l has place ``(l - first_level) * units + u``; all lists lie one after another in
+    the order of head and place, so that the lists of neighbouring units of a level are one range (``tile_range``).
+    Row t of a list built with a stride is group t.
+
+    Args:
+        lists: sizes and mask of the entry lists (not of the relative layout, which has no units).
+        entries: all of its entries, in the order of ``lists.chunks()``.
+
+    Attributes:
+        rows: int32 ``[bound]``: row times 2^UNIT_BITS, plus the last bits of the unit. Only the first
+            ``offsets[-1]`` are filled.
+        offsets: int32 (int64 if there are very many) ``[N * H * levels * units + 1]``: where each list begins.
+        first_level: log2 of the keys of the smallest unit.
+        levels: number of sizes of a unit.
+        units: places per level.
+    """
+
+    def __init__(self, lists: EntryLists, entries: list[Entries]) -> None:
+        mask, num_keys = lists.mask, lists.num_keys
+        if isinstance(mask, RunMask):
+            self.first_level, self.levels = mask.width.bit_length() - 1, 1
+            self.units = triton.cdiv(num_keys, mask.width)
+            windowed = mask.window > 0 or mask.stride > 1
+            per_row = lists.slots + ((mask.window + mask.stride) // mask.width + 3 if windowed else 0)
+        else:
+            self.first_level = lists.unit.bit_length() - 1
+            self.levels = max(1, count_levels(num_keys, mask.num_bins) - self.first_level)
+            # In a block of rows of several widths, the wider bins are entries of the smallest.
+            self.units = per_row = mask.num_bins + BLOCK_ROWS * lists.stride
+        self.rows, self.offsets = self._sort(lists, entries, lists.num_groups * per_row)
+
+    def _sort(self, lists: EntryLists, entries: list[Entries], bound: int) -> tuple[Tensor, Tensor]:
+        """The lists and where they begin, if those of a head have at most ``bound`` elements."""
+        heads, device = lists.batch * lists.heads, lists.source.device
+        blocks = triton.cdiv(lists.num_groups, BLOCK_ROWS)
+        chunk_blocks = max(CHUNK_BLOCKS, triton.cdiv(blocks, MOST_CHUNKS))
+        chunks = triton.cdiv(blocks, chunk_blocks)
+        counts = torch.zeros(heads * self.levels * self.units * chunks, dtype=torch.int32, device=device)
+        sizes = self.first_level, self.levels, self.units, chunks, chunk_blocks, lists.capacity
+        for part in entries:
+            place = part.first_block, part.meta.shape[1]
+            _count_kernel[place[1], heads](
+                part.packed, part.meta, counts, *place, *sizes, TILE=ENTRIES_AT_ONCE, num_warps=4
+            )
+        dtype = torch.int32 if heads * bound < 2**31 else torch.int64
+        starts = torch.zeros(len(counts) + 1, dtype=dtype, device=device)
+        torch.cumsum(counts, 0, dtype=dtype, out=starts[1:])
+        rows = torch.empty(heads * bound, dtype=torch.int32, device=device)
+        flags = {"ROWS": BLOCK_ROWS, "UNIT_BITS": UNIT_BITS, "TILE": ENTRIES_AT_ONCE}
+        for part in entries:
+            place = part.first_block, part.meta.shape[1]
+            _fill_kernel[chunks, heads](
+                part.packed, part.meta, counts, starts, rows, *place, *sizes, **flags, num_warps=4
+            )
+        return rows, starts[::chunks].contiguous()
+
+
+@triton.jit
+def tile_range(OFFSETS, item_head, level, first_key, first_level, levels, units, KEYS: tl.constexpr):
+    """Begin and end in ``rows`` of the lists of a level's units that hold one of ``KEYS`` keys from ``first_key`` on.
+
+    first_key: a multiple of KEYS, a power of two of at most 32.
+    """
+    place = (item_head * levels + (level - first_level)) * units
+    first = tl.minimum(first_key >> level, units)
+    last = tl.minimum((first_key + KEYS + (1 << level) - 1) >> level, units)
+    return tl.load(OFFSETS + place + first).to(tl.int64), tl.load(OFFSETS + place + last).to(tl.int64)
+
+
+@triton.jit
+def _count_bits(bits):
+    """Number of ones in the lower 16 bits."""
+    bits = (bits & 0x5555) + ((bits >> 1) & 0x5555)
+    bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
+    bits = (bits & 0x0F0F) + ((bits >> 4) & 0x0F0F)
+    return (bits + (bits >> 8)) & 0x1F
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_block",
+        "num_blocks",
+        "first_level",
+        "levels",
+        "units",
+        "chunks",
+        "chunk_blocks",
+        "capacity",
+    ]
+)
+def _count_kernel(
+    ENTRIES,
+    META,
+    COUNTS,
+    first_block,
+    num_blocks,
+    first_level,
+    levels,
+    units,
+    chunks,
+    chunk_blocks,
+    capacity,
+    TILE: tl.constexpr,
+):
+    block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    list_ = item_head * num_blocks + block
+    count, level = tl.load(META + list_ * 2), tl.load(META + list_ * 2 + 1)
+    place = (item_head * levels + (level - first_level)) * units
+    chunk = (first_block + block) // chunk_blocks
+    for offset in range(0, count, TILE):
+        o_entry = offset + tl.arange(0, TILE)
+        m_entry = o_entry < count
+        entry = tl.load(ENTRIES + list_ * capacity + o_entry, mask=m_entry, other=0)
+        rows = _count_bits((entry & 0xFFFF).to(tl.int32))
+        p_count = COUNTS + (place + (entry >> 16 >> level)) * chunks + chunk
+        tl.atomic_add(p_count, rows, mask=m_entry, sem="relaxed")  # of integers: any order gives the same sum
+
+
+@triton.jit(
+    do_not_specialize=[
+        "first_block",
+        "num_blocks",
+        "first_level",
+        "levels",
+        "units",
+        "chunks",
+        "chunk_blocks",
+        "capacity",
+    ]
+)
+def _fill_kernel(
+    ENTRIES,
+    META,
+    COUNTS,
+    STARTS,
+    OUT,
+    first_block,
+    num_blocks,
+    first_level,
+    levels,
+    units,
+    chunks,
+    chunk_blocks,
+    capacity,
+    ROWS: tl.constexpr,
+    UNIT_BITS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Write a chunk's rows to the lists. COUNTS holds the rows of the chunk that a list still lacks."""
+    chunk, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_tile = tl.arange(0, TILE)
+    begin = tl.maximum(chunk * chunk_blocks - first_block, 0)
+    end = tl.minimum((chunk + 1) * chunk_blocks - first_block, num_blocks)
+    for block in range(begin, end):
+        list_ = item_head * num_blocks + block
+        count, level = tl.load(META + list_ * 2), tl.load(META + list_ * 2 + 1)
+        place = (item_head * levels + (level - first_level)) * units
+        p_entry = ENTRIES + list_ * capacity
+        for offset in range(0, count, TILE):
+            o_entry = offset + o_tile
+            m_entry = o_entry < count
+            entry = tl.load(p_entry + o_entry, mask=m_entry, other=0)
+            before = tl.load(p_entry + o_entry - 1, mask=m_entry & (o_tile > 0), other=-1)
+            # A unit can come twice, each time for other rows, but never twice within an ascending part.
+            part = tl.cumsum((m_entry & ((entry >> 16) <= (before >> 16))).to(tl.int32), 0)
+            bits = (entry & 0xFFFF).to(tl.int32)
+            unit = entry >> 16 >> level
+            o_count = (place + unit) * chunks + chunk
+            low = (unit & ((1 << UNIT_BITS) - 1)).to(tl.int32)
+            for current in range(0, tl.max(part) + 1):
+                m_part = m_entry & (part == current)
+                left = tl.load(COUNTS + o_count, mask=m_part, other=0)
+                target = tl.load(STARTS + o_count + 1, mask=m_part, other=0).to(tl.int64) - left
+                tl.store(COUNTS + o_count, left - _count_bits(bits), mask=m_part)
+                for row in tl.static_range(ROWS):
+                    kept = (bits >> row) & 1
+                    element = (((first_block + block) * ROWS + row) << UNIT_BITS) | low
+                    tl.store(OUT + target, element, mask=m_part & (kept != 0))
+                    target += kept
+                tl.debug_barrier()  # the next entries read what other threads wrote
+
+
+@dataclass(frozen=True)
+class TileParts:
+    """How the rows of each tile of keys are cut for several programs: part 0 of every tile, and *extra* parts.
+
+    Attributes:
+        size: int32 ``[1]``, rows of a part.
+        ends: int32 ``[tiles + 1]``, number of extra parts of all tiles before each.
+        tile: int64 ``[bound]``, tile of each extra part; the number of tiles where there is no such part.
+    """
+
+    size: Tensor
+    ends: Tensor
+    tile: Tensor
+
+
+def cut_tiles(inverse: InverseLists, num_keys: int, tile_keys: int, heads: int, members: int) -> TileParts:
+    """Parts of the tiles of ``tile_keys`` keys, each of which takes ``members`` neighbouring heads together.
+
+    Attention sinks are kept by nearly every row, most other keys by few: a program that takes all rows of a tile would
+    be the last to finish. A part is so large that there are few extra ones: at most ``tiles / PART_MEANS``.
+
+    Args:
+        inverse: the lists.
+        num_keys: S.
+        tile_keys: keys of a tile, a power of two of at most 32.
+        heads: N * H, the query heads of all items.
+        members: H / G; tile i is tile ``i % ceil(S / tile_keys)`` of key head ``i // ceil(S / tile_keys)``.
+    """
+    per_head = triton.cdiv(num_keys, tile_keys)
+    tiles = per_head * (heads // members)
+    device = inverse.rows.device
+    rows = torch.empty(tiles, dtype=torch.int32, device=device)
+    _tile_rows_kernel[triton.cdiv(per_head, 64), heads // members](
+        inverse.offsets,
+        rows,
+        per_head,
+        members,
+        inverse.first_level,
+        inverse.levels,
+        inverse.units,
+        KEYS=tile_keys,
+        TILES=64,
+    )
+    size = (rows.sum() * PART_MEANS // tiles + 1).clamp_min(PART_ROWS)
+    ends = torch.zeros(tiles + 1, dtype=torch.int32, device=device)
+    extra = ((rows + size - 1) // size - 1).clamp_min(0)
+    torch.cumsum(extra, 0, dtype=torch.int32, out=ends[1:])
+    places = torch.arange(tiles // PART_MEANS, dtype=torch.int32, device=device)
+    return TileParts(size.int().view(1), ends, torch.searchsorted(ends[1:], places, right=True))
+
+
+@triton.jit(do_not_specialize=["per_head", "members", "first_level", "levels", "units"])
+def _tile_rows_kernel(
+    OFFSETS, OUT, per_head, members, first_level, levels, units, KEYS: tl.constexpr, TILES: tl.constexpr
+):
+    head = tl.program_id(1).to(tl.int64)
+    o_tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    total = tl.zeros([TILES], tl.int64)
+    for segment in range(0, members * levels):
+        item_head, level = head * members + segment // levels, first_level + segment % levels
+        begin, end = tile_range(OFFSETS, item_head, level, o_tile * KEYS, first_level, levels, units, KEYS)
+        total += end - begin
+    tl.store(OUT + head * per_head + o_tile, total.to(tl.int32), mask=o_tile < per_head)
