@@ -220,8 +220,3 @@ def test_errors_name_the_argument(random_qkv, projection, change, message):
     arguments = dict(zip(("query", "key", "value"), random_qkv(), strict=True))
     with pytest.raises(ValueError, match=message):
         linear_attention(**arguments | {"projection": projection, "causal": True} | change)
-
-
-def test_triton_is_refused(random_qkv, projection):
-    with pytest.raises(NotImplementedError, match="linear_attention: backend='triton'"):
-        linear_attention(*random_qkv(), projection, causal=True, backend="triton")

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from ..backend import Backend, choose_backend
+from ..backend import Backend, choose_backend, fits_kernels
 from ..checks import check_qkv, check_same_device, check_shape
-from ..spans import row_spans
+from ..spans import check_rows
 from .state import LinearState
 
 __all__ = ["LinearState", "linear_attention"]
@@ -34,8 +34,9 @@ def linear_attention(
     - causal: ``phi(x) = relu(D^-1/4 P x) + 1e-3`` on ``scaling * query`` and on ``key``; every feature's key sum in the
       denominator has 1e-6 added, as in the published form.
 
-    Computed in float32 for half-precision inputs, also under autocast; float64 stays float64. Gradients flow to
-    query, key, value and the initial state.
+    Computed in float32 for half-precision inputs, also under autocast; float64 stays float64. The Triton form takes the
+    products of half-precision inputs in TF32, with sums in float32. Gradients flow to query, key, value and the initial
+    state.
 
     Args:
         query: ``[N, H, T, D]``, the last T of the S positions.
@@ -55,23 +56,31 @@ def linear_attention(
 
     Raises:
         ValueError: if shapes, dtypes or devices do not fit, or for a state with bidirectional attention.
-        NotImplementedError: for ``backend="triton"``.
+        NotImplementedError: for ``backend="triton"`` where it cannot run.
     """
     _check(query, key, value, projection, causal, initial_state, return_state)
     batch, _, num_queries, _ = query.shape
     num_keys = key.shape[2]
     if attention_mask is not None:
         check_same_device(query=query, attention_mask=attention_mask)
-    row_spans(batch, num_queries, num_keys, causal=causal, attention_mask=attention_mask, device=query.device)
-    choose_backend(backend, query, triton_exists=False, operation="linear_attention")
-    from . import reference
+    check_rows(batch, num_queries, num_keys, causal=causal, attention_mask=attention_mask)
+    exists = fits_kernels(query, value)
+    if choose_backend(backend, query, triton_exists=exists, operation="linear_attention") == "triton":
+        from .gradient import TritonBidirectional, TritonCausal
 
-    if not causal:
-        return reference.bidirectional(query, key, value, projection, attention_mask=attention_mask)
-    output, state = reference.causal(
-        query, key, value, projection, scaling=scaling, attention_mask=attention_mask, initial_state=initial_state
-    )
-    return (output, state) if return_state else output
+        if not causal:
+            return TritonBidirectional.apply(query, key, value, projection, attention_mask)
+        initial = (None, None) if initial_state is None else initial_state
+        output, *state = TritonCausal.apply(query, key, value, *initial, projection, attention_mask, scaling)
+    else:
+        from . import reference
+
+        if not causal:
+            return reference.bidirectional(query, key, value, projection, attention_mask=attention_mask)
+        output, state = reference.causal(
+            query, key, value, projection, scaling=scaling, attention_mask=attention_mask, initial_state=initial_state
+        )
+    return (output, LinearState(*state)) if return_state else output
 
 
 def _check(
