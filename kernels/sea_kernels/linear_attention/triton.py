@@ -39,7 +39,7 @@ def causal(
     with on_device(query):
         for first, count in pieces(key, value, projection):
             before, state = segment_states(key, value, projection, spans, state, first, count)
-            block = block_size(query, value)
+            block = block_size(query)
             first_block = max(first * SEGMENT, num_keys - num_queries) // block
             blocks = triton.cdiv(min((first + count) * SEGMENT, num_keys), block) - first_block
             if blocks <= 0:
@@ -80,7 +80,7 @@ def bidirectional(
     groups, value_dim = value.shape[1], value.shape[3]
     query, key, value, projection = (with_dense_rows(tensor) for tensor in (query, key, value, projection))
     spans = item_spans(attention_mask)
-    block = block_size(query, value)
+    block = block_size(query)
     blocks = triton.cdiv(num_rows, block)
     highest = key.new_empty(batch, groups, blocks, dtype=torch.float32)
     output = query.new_empty(batch, heads, num_rows, value_dim)
@@ -135,7 +135,7 @@ def segment_states(
 
     Before: ``[N, G, count, M, E]`` and ``[N, G, count, M]``.
     """
-    blocks = SEGMENT // block_size(key, value)
+    blocks = SEGMENT // block_size(key)
     sums = _sum_segments(key, value, projection, spans, first, count, blocks, None)
     final = [tensor.new_empty(*tensor.shape[:2], *tensor.shape[3:]) for tensor in sums]
     start = (None, None) if initial is None else initial
@@ -168,7 +168,7 @@ def _sum_segments(
     shape = (batch, groups, count, projection.shape[0])
     key_value = key.new_empty(*shape, value.shape[-1], dtype=torch.float32)
     key_sum = key.new_empty(shape, dtype=torch.float32)
-    tile = 64
+    tile = block_size(key)
     state_kernel[(count * triton.cdiv(shape[-1], tile), groups, batch)](
         key,
         value,
@@ -184,7 +184,7 @@ def _sum_segments(
         count,
         blocks,
         head_dim**-0.25,
-        BLOCK=block_size(key, value),
+        BLOCK=block_size(key),
         HAS_PADDING=spans is not None,
         EXPONENTIAL=highest is not None,
         **feature_sizes(key, projection, tile),
@@ -193,10 +193,9 @@ def _sum_segments(
     return key_value, key_sum
 
 
-def block_size(rows: Tensor, value: Tensor) -> int:
-    """Rows per program: operands of the products are float32, and wide ones must fit into shared memory."""
-    narrow = rows.element_size() < 4 and rows.shape[-1] <= 64 and value.shape[-1] <= 128
-    return 64 if narrow else 32
+def block_size(rows: Tensor) -> int:
+    """Rows per program, fewer where the products run outside the matrix units and need more registers."""
+    return 64 if rows.element_size() < 4 else 32
 
 
 def feature_sizes(rows: Tensor, projection: Tensor, tile: int = 32) -> dict:
@@ -214,9 +213,10 @@ def feature_sizes(rows: Tensor, projection: Tensor, tile: int = 32) -> dict:
 def value_sizes(value: Tensor) -> dict:
     """Compile-time sizes of kernels that read or write values, and how they are launched."""
     value_dim = value.shape[-1]
+    wide = value_dim > 128  # then one stage of loads fills half of the shared memory
     return {
         "VALUE_DIM": value_dim,
         "VALUE_PADDED": max(16, triton.next_power_of_2(value_dim)),
-        "num_warps": 8 if value_dim > 128 else 4,
-        "num_stages": 2,
+        "num_warps": 8 if wide else 4,
+        "num_stages": 1 if wide else 2,
     }
