@@ -9,6 +9,7 @@ from torch import Tensor
 
 Backend = Literal["auto", "reference", "triton"]
 BACKENDS = ("auto", "reference", "triton")
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @functools.cache
@@ -24,7 +25,7 @@ def fits_kernels(*tensors: Tensor) -> bool:
 
 def has_kernel_dtype(*tensors: Tensor) -> bool:
     """Whether the Triton kernels take tensors of these dtypes, whatever their shapes."""
-    return all(tensor.dtype in (torch.float16, torch.bfloat16, torch.float32) for tensor in tensors)
+    return all(tensor.dtype in KERNEL_DTYPES for tensor in tensors)
 
 
 def choose_backend(backend: Backend, tensor: Tensor, *, triton_exists: bool, operation: str) -> str:

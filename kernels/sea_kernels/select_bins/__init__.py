@@ -4,17 +4,18 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..backend import Backend, choose_backend
+from ..backend import KERNEL_DTYPES, Backend, choose_backend
 from ..bins import LAYOUTS, Layout
 from ..checks import check_bins, check_choice, check_same_device, check_shape
 from ..masks import BinMask
-from ..spans import row_spans
+from ..spans import check_rows, row_spans
 
 __all__ = ["GROUPINGS", "Grouping", "select_bins"]
 
 Grouping = Literal["query", "head", "batch", "causal_batch"]
 GROUPINGS = ("query", "head", "batch", "causal_batch")
 CAUSAL_GROUPINGS = ("query", "causal_batch")
+LARGEST_KERNEL_GROUP = 16384  # bins that compete at most in the Triton form
 
 
 def select_bins(
@@ -65,10 +66,11 @@ def select_bins(
 
     Raises:
         ValueError: if a shape, dtype, device or choice does not fit.
-        NotImplementedError: for ``backend="triton"`` where it cannot run.
+        NotImplementedError: for ``backend="triton"`` where it cannot run: float64, groups that span rows ("head" and
+            "batch", whose models are short), or more than 16384 bins in a group.
     """
     check_shape("scores", scores, (None,) * 4, "[batch, num_heads, num_queries, num_bins]")
-    batch, _, num_queries, num_bins = scores.shape
+    batch, heads, num_queries, num_bins = scores.shape
     check_bins(num_bins)
     check_choice("layout", layout, LAYOUTS)
     check_choice("grouping", grouping, CAUSAL_GROUPINGS if causal else GROUPINGS)
@@ -80,18 +82,20 @@ def select_bins(
         raise ValueError(f"shift is {shift} with layout='aligned', expected 0: only relative edges move")
     check_same_device(scores=scores, attention_mask=attention_mask)
     num_keys = num_queries if num_keys is None else num_keys
-    spans = row_spans(batch, num_queries, num_keys, causal=causal, attention_mask=attention_mask, device=scores.device)
-    choose_backend(backend, scores, triton_exists=False, operation="select_bins")
-    from . import reference
+    rows = (batch, num_queries, num_keys)
+    check_rows(*rows, causal=causal, attention_mask=attention_mask)
+    options = {"k": k, "layout": layout, "grouping": grouping, "shift": shift}
+    options |= {"keep_first": keep_first, "keep_own": keep_own}
+    group = num_bins * (heads if grouping == "causal_batch" else 1)
+    exists = grouping in CAUSAL_GROUPINGS and scores.dtype in KERNEL_DTYPES and group <= LARGEST_KERNEL_GROUP
+    if choose_backend(backend, scores, triton_exists=exists, operation="select_bins") == "triton":
+        from . import triton as implementation
 
-    bits = reference.select_bins(
-        scores.detach(),
-        spans,
-        k=k,
-        layout=layout,
-        grouping=grouping,
-        keep_first=keep_first,
-        keep_own=keep_own,
-        shift=shift,
-    )
+        options |= {"causal": causal, "num_keys": num_keys, "attention_mask": attention_mask}
+        bits = implementation.select_bins(scores.detach(), **options)
+    else:
+        from . import reference
+
+        spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=scores.device)
+        bits = reference.select_bins(scores.detach(), spans, **options)
     return BinMask(bits, num_bins, layout, shift)
