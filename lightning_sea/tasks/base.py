@@ -87,13 +87,13 @@ class DistillationModule(LightningModule):
         sea = SEAConfig.from_dict(sea) if isinstance(sea, dict) else sea
         self.distillation = _from_plain(DistillationConfig, distillation)
         self.optimizer_config = _from_plain(OptimizerConfig, optimizer)
-        if estimator_steps and not (self.distillation.est_kl or self.distillation.est_mse):
-            raise ValueError(
-                f"estimator_steps is {estimator_steps} with est_kl = est_mse = 0: the stage would learn nothing"
-            )
         self.attention = attention
         self.distils = attention == "sea" or teacher is not None
         self.estimator_steps = estimator_steps if attention == "sea" else 0
+        if self.estimator_steps and not (self.distillation.est_kl or self.distillation.est_mse):
+            raise ValueError(
+                f"estimator_steps is {estimator_steps} with est_kl = est_mse = 0: the stage would learn nothing"
+            )
         self.export_dir = export_dir
         self.student = self._build_student(model, sea, layers).train()  # it was loaded in evaluation mode
         self._check_losses()
