@@ -72,7 +72,8 @@ def teacher_statistics(
     rows = len(query), query.shape[2], key.shape[2]
     check_rows(*rows, causal=causal, attention_mask=attention_mask)
     bins = {"num_bins": num_bins, "layout": layout, "causal": causal, "scaling": scaling, "shift": shift}
-    exists = fits_kernels(query)
+    # Kernels compute the edges of bins in 32 bits.
+    exists = fits_kernels(query) and key.shape[2] * max(num_bins, 1024) < 2**31
     if choose_backend(backend, query, triton_exists=exists, operation="teacher_statistics") == "triton":
         from . import triton_teacher
 

@@ -89,9 +89,9 @@ def attention_gradients(
             grid = triton.cdiv(num_queries, sizes["ROWS"]), heads, batch
             _query_gradient_kernel[grid](*tensors, *numbers, *grads, unit, grad_query, *args, **sizes)
         if want_key:
-            # The tile of the keys that a program owns is the larger one, as that of the rows is elsewhere.
+            # Here a program owns keys and walks rows, in smaller steps: each brings five numbers of its own.
             grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-            sizes |= {"ROWS": sizes["KEYS"], "KEYS": sizes["ROWS"]}
+            sizes |= {"ROWS": min(sizes["KEYS"], 32), "KEYS": sizes["ROWS"]}
             grid = triton.cdiv(key.shape[2], sizes["KEYS"]), key.shape[1], batch
             _key_gradient_kernel[grid](*tensors, *numbers, *grads, unit, grad_key, *args, **sizes)
     return grad_query, grad_key

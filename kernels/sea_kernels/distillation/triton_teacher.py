@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ..bins import Layout
 from ..triton_common import aligned_level, count_levels, item_span, item_spans, on_device, row_span, with_dense_rows
-from ..triton_entries import relative_start
 from .triton_scores import LOG2E, last_block_first, load_rows, padded_width, product_precision, row_lse, tile_config
 
 
@@ -35,6 +34,7 @@ def teacher_statistics(
     mass = query.new_zeros(batch, heads, num_queries, num_bins, dtype=torch.float32)  # bins without keys stay 0
     entropy, square = torch.empty_like(lse), torch.empty_like(lse)
     config = tile_config(query)
+    config["KEYS"] = min(config["KEYS"], 32)  # a larger tile's sums and edges do not fit into registers
     with on_device(query):
         _pool_kernel[(triton.cdiv(num_queries, config["ROWS"]), heads, batch)](
             query,
@@ -66,30 +66,48 @@ def teacher_statistics(
 
 
 @triton.jit
-def _relative_bin(place, length, shift, NUM_BINS: tl.constexpr, HAS_SHIFT: tl.constexpr):
-    """Bin of key ``place``, as ``bins.bin_of`` has it, for places below ``length``. int32
-
-    A division of 64-bit integers is slow on a GPU: one of floats misses the quotient by one at most, and is corrected.
-    """
+def _relative_start(index, length, shift, NUM_BINS: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """``triton_entries.relative_start`` in 32 bits, for ``length * NUM_BINS < 2^31``."""
+    whole = length * index // NUM_BINS
+    rest = length * index - whole * NUM_BINS
     if HAS_SHIFT:
-        numerator = NUM_BINS * (256 * (2 * place.to(tl.int64) + 1) - 2 * shift) - 1
-        unit = tl.maximum(512 * length.to(tl.int64), 1)
+        part = 512 * rest + NUM_BINS * (256 + 2 * (shift & 255))
+        inner = whole + (shift >> 8) + part // (512 * NUM_BINS)
     else:
-        numerator = NUM_BINS * (2 * place.to(tl.int64) + 1) - 1
-        unit = tl.maximum(2 * length.to(tl.int64), 1)
-    index = (numerator.to(tl.float32) / unit.to(tl.float32)).to(tl.int64)
-    rest = numerator - index * unit
-    index = index + (rest >= unit).to(tl.int64) - (rest < 0).to(tl.int64)
-    return tl.minimum(tl.maximum(index, 0), NUM_BINS - 1).to(tl.int32)
+        inner = whole + (2 * rest + NUM_BINS) // (2 * NUM_BINS)
+    inner = tl.minimum(tl.maximum(inner, 0), length)
+    return tl.where(index <= 0, 0, tl.where(index >= NUM_BINS, length, inner))
 
 
 @triton.jit
-def _bin_of_keys(place, length, level, shift, NUM_BINS: tl.constexpr, RELATIVE: tl.constexpr, HAS_SHIFT: tl.constexpr):
-    """The bin of each key, the bin's first key and its end. int32, as wide as ``place`` and ``length`` together."""
+def _relative_bin(place, length, shift, NUM_BINS: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """Bin of key ``place``, as ``bins.bin_of`` has it, for places below ``length`` and ``length < 2^21``.
+
+    A quotient of floats misses the bin by one at most. The remainder, which is small, tells: it is right also where
+    the products that it is the difference of do not fit into 32 bits.
+    """
+    middle = (2 * place + 1).to(tl.float32)
+    if HAS_SHIFT:
+        middle -= shift / 128
+        numerator = NUM_BINS * (256 * (2 * place + 1) - 2 * shift) - 1
+        unit = 512 * length
+    else:
+        numerator = NUM_BINS * (2 * place + 1) - 1
+        unit = 2 * length
+    bins_per_key = NUM_BINS / tl.maximum(2 * length, 1).to(tl.float32)
+    index = tl.minimum(tl.maximum(middle * bins_per_key, 0.0), NUM_BINS - 1.0).to(tl.int32)
+    rest = numerator - index * unit
+    index += (rest >= unit).to(tl.int32) - (rest < 0).to(tl.int32)
+    return tl.minimum(tl.maximum(index, 0), NUM_BINS - 1)
+
+
+@triton.jit
+def bin_of_keys(place, length, level, shift, NUM_BINS: tl.constexpr, RELATIVE: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """The bin of each key, the bin's first key and its end; int32, of the shape that the arguments broadcast to."""
     if RELATIVE:
         index = _relative_bin(place, length, shift, NUM_BINS, HAS_SHIFT)
-        start = relative_start(index, length, shift, NUM_BINS, HAS_SHIFT).to(tl.int32)
-        end = relative_start(index + 1, length, shift, NUM_BINS, HAS_SHIFT).to(tl.int32)
+        start = _relative_start(index, length, shift, NUM_BINS, HAS_SHIFT)
+        end = _relative_start(index + 1, length, shift, NUM_BINS, HAS_SHIFT)
     else:
         index = place >> level
         start = index << level
@@ -155,7 +173,7 @@ def _pool_kernel(
         entropy += tl.sum(teacher * logs, 1)
         square += tl.sum(teacher * teacher, 1)
 
-        index, start, end = _bin_of_keys(
+        index, start, end = bin_of_keys(
             o_key[None, :], length[:, None], level[:, None], shift, NUM_BINS, RELATIVE, HAS_SHIFT
         )
         upto = tl.cumsum(teacher, 1)
