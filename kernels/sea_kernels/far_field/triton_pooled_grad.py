@@ -12,6 +12,7 @@ from .triton_walk import TILE, Walk, load_columns, window_begin
 
 SPLIT_ROWS = 8192  # rows of the longest level that one program walks
 MOST_SPLITS = 8
+BLOCKS = 8  # of rows whose bits are looked at together, so that a walk over rows without a part is short
 
 
 def pooled_gradients(walk: Walk, pools: list[Pool], grad_output: Tensor, log_sums: Tensor, delta: Tensor) -> list[Pool]:
@@ -36,7 +37,7 @@ def _bin_gradients(walk: Walk, bins: Pool, rows: tuple) -> Pool:
 def _run_gradients(walk: Walk, runs: Pool, rows: tuple) -> Pool:
     grads = _empty_like(runs, 1)
     _run_gradients_kernel[(triton.cdiv(walk.num_runs, TILE), walk.batch * walk.heads)](
-        *runs, *grads, walk.num_runs, *rows, **walk.sizes(), **walk.row_sizes(), num_warps=4
+        *runs, *grads, walk.num_runs, *rows, **walk.sizes(), **walk.row_sizes(), BLOCKS=BLOCKS, num_warps=4
     )
     return Pool(*(grad[0] for grad in grads))
 
@@ -168,6 +169,36 @@ def _bin_gradients_kernel(
     )  # fmt: skip
 
 
+@triton.jit
+def _splitting_blocks(
+    BITS,
+    row_step,
+    begin_key,
+    num_queries,
+    num_keys,
+    first,
+    real,
+    num_levels,
+    KEYS: tl.constexpr,
+    WIDTH_LEVEL: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Bit i says whether one of the i-th ``ROWS`` rows splits a bin that shares a key with a tile of ``KEYS`` keys."""
+    rows = row_step + tl.arange(0, ROWS * BLOCKS)
+    _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
+    level = aligned_level(length, num_levels, NUM_BINS)
+    m_row = (begin_key < length) & (level > WIDTH_LEVEL)
+    begin_bin = begin_key >> level
+    word = tl.load(BITS + rows * (NUM_BINS // 32) + (begin_bin >> 5), mask=m_row, other=0)
+    count = tl.maximum(KEYS >> level, 1)  # bins of the tile, at most 16, whose bits lie in one word
+    touched = (word >> (begin_bin & 31)) & ((1 << (count & 31)) - 1)
+    touched = tl.max(tl.reshape((touched != 0).to(tl.int32), (BLOCKS, ROWS)), 1)
+    return tl.sum(touched << tl.arange(0, BLOCKS))
+
+
 @triton.jit(do_not_specialize=["num_runs", "num_queries", "num_keys", "num_levels", "stride", "scaling"])
 def _run_gradients_kernel(
     RUN_K,
@@ -211,6 +242,7 @@ def _run_gradients_kernel(
     SLOTS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
     item_head = tl.program_id(1).to(tl.int64)
     item, head = item_head // heads, item_head % heads
@@ -233,23 +265,29 @@ def _run_gradients_kernel(
         split_row, _ = rows_below(SPLIT_KEYS, num_queries, num_keys, first, real, CAUSAL)
         begin_row = tl.maximum(begin_row, split_row)
     row = item_head * num_queries
-    for row_step in range(begin_row, end_row, ROWS):
-        rows = row_step + tl.arange(0, ROWS)
-        position, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
-        level = aligned_level(length, num_levels, NUM_BINS)
-        sees = (begin_key < length) & (level > WIDTH_LEVEL)
-        p_word = BITS + (row + rows) * (NUM_BINS // 32) + (begin_key >> level >> 5)
-        far = bits_of(tl.load(p_word, mask=sees, other=0), start[:, None] >> level[None, :])
-        if tl.max(far.to(tl.int32)) > 0:
-            end = tl.minimum(length, window_begin(position, length, stride, WIDTH, HAS_WINDOW))
-            kept = kept_runs(STARTS, row + rows, sees, first_run, WIDTH, SLOTS)
-            far = far & (bits_of(kept, (o_run - first_run)[:, None]) == 0) & (start[:, None] < end[None, :])
-            grad_k, grad_v, grad_offset = add_rows(
-                b_k, b_v, offset, far,
-                Q + item * q_item + head * q_head, GRAD_OUT + item * g_item + head * g_head,
-                LOG_SUM + row, DELTA + row, rows, sees, q_row, g_row, scaling,
-                grad_k, grad_v, grad_offset, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, PRECISION,
-            )  # fmt: skip
+    BITS += row * (NUM_BINS // 32)
+    for row_step in range(begin_row, end_row, ROWS * BLOCKS):
+        blocks = _splitting_blocks(
+            BITS, row_step, begin_key, num_queries, num_keys, first, real, num_levels,
+            TILE * WIDTH, WIDTH_LEVEL, NUM_BINS, ROWS, BLOCKS, CAUSAL,
+        )  # fmt: skip
+        for block in range(0, BLOCKS):
+            if ((blocks >> block) & 1) != 0:
+                rows = row_step + block * ROWS + tl.arange(0, ROWS)
+                position, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
+                level = aligned_level(length, num_levels, NUM_BINS)
+                sees = (begin_key < length) & (level > WIDTH_LEVEL)
+                word = tl.load(BITS + rows * (NUM_BINS // 32) + (begin_key >> level >> 5), mask=sees, other=0)
+                end = tl.minimum(length, window_begin(position, length, stride, WIDTH, HAS_WINDOW))
+                kept = kept_runs(STARTS, row + rows, sees, first_run, WIDTH, SLOTS)
+                far = bits_of(word, start[:, None] >> level[None, :]) & (start[:, None] < end[None, :])
+                far = far & (bits_of(kept, (o_run - first_run)[:, None]) == 0)
+                grad_k, grad_v, grad_offset = add_rows(
+                    b_k, b_v, offset, far,
+                    Q + item * q_item + head * q_head, GRAD_OUT + item * g_item + head * g_head,
+                    LOG_SUM + row, DELTA + row, rows, sees, q_row, g_row, scaling,
+                    grad_k, grad_v, grad_offset, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, PRECISION,
+                )  # fmt: skip
     _store_gradients(
         GRAD_K, GRAD_V, GRAD_OFFSET, place, m_run, grad_k, grad_v, grad_offset, scaling,
         HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED,
