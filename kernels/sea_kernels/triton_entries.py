@@ -123,6 +123,17 @@ def relative_start(index, length, shift, NUM_BINS: tl.constexpr, HAS_SHIFT: tl.c
 
 
 @triton.jit
+def relative_bin(key, length, shift, NUM_BINS: tl.constexpr, HAS_SHIFT: tl.constexpr):
+    """Bin of ``key`` in a row of ``length`` keys, as ``bins.bin_of`` has it. int32; broadcasts."""
+    length = tl.maximum(length, 1).to(tl.int64)
+    if HAS_SHIFT:
+        found = (NUM_BINS * (256 * (2 * key + 1) - 2 * shift) - 1) // (512 * length)
+    else:
+        found = (NUM_BINS * (2 * key + 1) - 1) // (2 * length)
+    return tl.minimum(tl.maximum(found, 0), NUM_BINS - 1).to(tl.int32)
+
+
+@triton.jit
 def _row_bits(BITS, offsets, take, NUM_BINS: tl.constexpr, WORDS_PADDED: tl.constexpr, ROWS: tl.constexpr):
     """For each bin, 16 bits that say which rows of the block keep it. [WORDS_PADDED * 32]"""
     WORDS: tl.constexpr = NUM_BINS // 32

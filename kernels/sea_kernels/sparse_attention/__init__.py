@@ -27,7 +27,8 @@ def sparse_attention(
     ``out_t = row_scale_t * sum_j softmax_j(scaling * q_t . k_j) v_j`` over the keys j that are real, that row t may see
     and that ``mask`` keeps. A row that keeps nothing, and every padding row, gives 0. Computed in float32 for
     half-precision inputs, also under autocast; float64 stays float64. Gradients flow to query, key, value and
-    row_scale. Memory is linear in T, in training too: the backward pass computes the scores again, chunk by chunk.
+    row_scale, once: there is no second derivative in Triton. Memory is linear in T, in training too: the backward pass
+    computes the scores again.
 
     Args:
         query: ``[N, H, T, D]``, the last T of the S positions.
@@ -59,9 +60,18 @@ def sparse_attention(
     check_rows(*rows, causal=causal, attention_mask=attention_mask)
     exists = fits_kernels(query, value)
     if choose_backend(backend, query, triton_exists=exists, operation="sparse_attention") == "triton":
-        from .gradient import TritonAttention
+        from . import gradient
 
-        return TritonAttention.apply(query, key, value, row_scale, mask, attention_mask, causal, scaling)
+        return gradient.sparse_attention(
+            query,
+            key,
+            value,
+            mask,
+            causal=causal,
+            scaling=scaling,
+            attention_mask=attention_mask,
+            row_scale=row_scale,
+        )
     from . import reference
 
     spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)

@@ -1,53 +1,47 @@
-"""Triton forward with the gradients of the PyTorch form, which computes the scores again chunk by chunk."""
+"""Sparse attention in Triton, forward and backward, as one differentiable function."""
 
 import torch
 from torch import Tensor
 
+from ..chunks import is_differentiated
 from ..masks import BinMask, RunMask
-from ..spans import row_spans
-from . import reference, triton
+from . import triton, triton_backward
+
+
+def sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BinMask | RunMask,
+    *,
+    causal: bool,
+    scaling: float,
+    attention_mask: Tensor | None,
+    row_scale: Tensor | None,
+) -> Tensor:
+    """See :func:`sea_kernels.sparse_attention`."""
+    place = {"causal": causal, "scaling": scaling, "attention_mask": attention_mask}
+    if is_differentiated(query, key, value, row_scale):
+        return TritonAttention.apply(query, key, value, row_scale, mask, place)
+    return triton.sparse_attention(query, key, value, mask, row_scale=row_scale, **place)
 
 
 class TritonAttention(torch.autograd.Function):
-    """Sparse attention whose forward pass runs in Triton."""
+    """Keeps the inputs, the output and one number per row; the backward pass computes the scores again."""
 
     @staticmethod
     def forward(
-        ctx,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        row_scale: Tensor | None,
-        mask: BinMask | RunMask,
-        attention_mask: Tensor | None,
-        causal: bool,
-        scaling: float,
+        ctx, query: Tensor, key: Tensor, value: Tensor, row_scale: Tensor | None, mask: BinMask | RunMask, place: dict
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value, row_scale)
-        ctx.rest = mask, attention_mask, causal, scaling
-        return triton.sparse_attention(
-            query,
-            key,
-            value,
-            mask,
-            causal=causal,
-            scaling=scaling,
-            attention_mask=attention_mask,
-            row_scale=row_scale,
-        )
+        log_sum = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        output = triton.sparse_attention(query, key, value, mask, row_scale=row_scale, log_sum=log_sum, **place)
+        ctx.save_for_backward(query, key, value, row_scale, output, log_sum)
+        ctx.mask, ctx.place = mask, place
+        return output
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        mask, attention_mask, causal, scaling = ctx.rest
-        inputs = [None if tensor is None else tensor.detach() for tensor in ctx.saved_tensors]
-        wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-        with torch.enable_grad():
-            for tensor in wanted:
-                tensor.requires_grad_()
-            *qkv, row_scale = inputs
-            rows = (len(qkv[0]), qkv[0].shape[2], qkv[1].shape[2])
-            spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=grad_output.device)
-            output = reference.sparse_attention(*qkv, mask, spans, causal=causal, scaling=scaling, row_scale=row_scale)
-            grads = iter(torch.autograd.grad(output, wanted, grad_output))
+        grads = triton_backward.sparse_attention_backward(grad_output, *ctx.saved_tensors, ctx.mask, **ctx.place)
         needed = ctx.needs_input_grad[:4]
-        return (*(next(grads) if need else None for need in needed), None, None, None, None)
+        return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None)

@@ -28,8 +28,13 @@ def sparse_attention(
     scaling: float,
     attention_mask: Tensor | None,
     row_scale: Tensor | None,
+    log_sum: Tensor | None = None,
 ) -> Tensor:
-    """See :func:`sea_kernels.sparse_attention`. No gradients."""
+    """See :func:`sea_kernels.sparse_attention`. No gradients.
+
+    ``log_sum``, float32 ``[N, H, T]``, takes what the backward pass needs: log2 of the sum of each row's exponentiated
+    scores, 0 where a row keeps nothing.
+    """
     batch, heads, num_queries, _ = query.shape
     query, key, value = with_dense_rows(query), with_dense_rows(key), with_dense_rows(value)
     output = query.new_empty(batch, heads, num_queries, value.shape[-1])
@@ -37,11 +42,12 @@ def sparse_attention(
     with on_device(query):
         lists = EntryLists(mask, key.shape[2], causal, spans)
         for first_block, num_blocks in lists.chunks():
-            _attend(query, key, value, output, lists, lists.build(first_block, num_blocks), scaling, row_scale)
+            entries = lists.build(first_block, num_blocks)
+            _attend(query, key, value, output, lists, entries, scaling, row_scale, log_sum)
     return output
 
 
-def _attend(query, key, value, output, lists: EntryLists, entries: Entries, scaling, row_scale) -> None:
+def _attend(query, key, value, output, lists: EntryLists, entries: Entries, scaling, row_scale, log_sum) -> None:
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
     mask, relative = lists.mask, lists.relative
@@ -56,6 +62,7 @@ def _attend(query, key, value, output, lists: EntryLists, entries: Entries, scal
         lists.source,
         lists.spans,
         None if row_scale is None else row_scale.contiguous(),
+        log_sum,
         *query.stride()[:3],
         *key.stride()[:3],
         *value.stride()[:3],
@@ -76,6 +83,7 @@ def _attend(query, key, value, output, lists: EntryLists, entries: Entries, scal
         CAUSAL=lists.causal,
         HAS_PADDING=lists.spans is not None,
         HAS_SCALE=row_scale is not None,
+        SAVES_SUM=log_sum is not None,
         RELATIVE=relative,
         HAS_SHIFT=relative and mask.shift != 0,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
@@ -91,6 +99,49 @@ def _tile_config(dtype: torch.dtype, head_dim: int, value_dim: int, relative: bo
     return {"TILE": 16 if wide else 32, "num_warps": 1, "num_stages": 2 if wide else 3}
 
 
+@triton.jit
+def count_steps(count, width, TILE: tl.constexpr, RELATIVE: tl.constexpr):
+    """Number of tiles of keys in a list of ``count`` entries; ``width`` as in ``Entries.meta``."""
+    return count * width if RELATIVE else ((count << width) + TILE - 1) // TILE
+
+
+@triton.jit
+def visit(
+    ENTRIES,
+    p_words,
+    step,
+    count,
+    width,
+    length,
+    shift,
+    m_row,
+    NUM_BINS: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+):
+    """Keys of a step, counted from the first real key, [TILE], and which rows keep them, [ROWS, TILE]."""
+    o_tile = tl.arange(0, TILE)
+    if RELATIVE:
+        entry = tl.load(ENTRIES + step // width)
+        index = (entry & 0xFFFF).to(tl.int32)
+        o_key = (entry >> 16).to(tl.int32) + (step % width) * TILE + o_tile
+        word = tl.load(p_words + (index >> 5), mask=m_row, other=0)
+        start = relative_start(index, length, shift, NUM_BINS, HAS_SHIFT)
+        end = relative_start(index + 1, length, shift, NUM_BINS, HAS_SHIFT)
+        end = tl.where(((word >> (index & 31)) & 1) != 0, end, 0)
+        keep = (o_key[None, :] >= start[:, None]) & (o_key[None, :] < end[:, None])
+    else:
+        o_flat = step * TILE + o_tile
+        m_flat = (o_flat >> width) < count
+        entry = tl.load(ENTRIES + (o_flat >> width), mask=m_flat, other=0)
+        o_key = (entry >> 16).to(tl.int32) + (o_flat & ((1 << width) - 1))
+        keep = ((entry.to(tl.int32)[None, :] >> tl.arange(0, ROWS)[:, None]) & 1) != 0
+        keep = keep & (o_key[None, :] < length[:, None])
+    return o_key, keep
+
+
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "shift", "scale"])
 def _attention_kernel(
     Q,
@@ -102,6 +153,7 @@ def _attention_kernel(
     BITS,
     SPANS,
     ROW_SCALE,
+    LOG_SUM,
     q_item,
     q_head,
     q_row,
@@ -129,6 +181,7 @@ def _attention_kernel(
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    SAVES_SUM: tl.constexpr,
     RELATIVE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -136,8 +189,7 @@ def _attention_kernel(
     block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     item, head = item_head // heads, item_head % heads
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
-    o_row = tl.arange(0, ROWS)
-    rows = (first_block + block) * ROWS + o_row
+    rows = (first_block + block) * ROWS + tl.arange(0, ROWS)
     _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
     m_row = rows < num_queries
     o_dim, o_value = tl.arange(0, HEAD_PADDED), tl.arange(0, VALUE_PADDED)
@@ -155,27 +207,23 @@ def _attention_kernel(
     highest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
-    o_tile = tl.arange(0, TILE)
-    steps = count * width if RELATIVE else ((count << width) + TILE - 1) // TILE
+    steps = count_steps(count, width, TILE, RELATIVE)
     for step in range(0, steps):
-        if RELATIVE:
-            entry = tl.load(ENTRIES + step // width)
-            index = (entry & 0xFFFF).to(tl.int32)
-            o_key = (entry >> 16).to(tl.int32) + (step % width) * TILE + o_tile
-            word = tl.load(
-                BITS + (item_head * num_queries + rows) * (NUM_BINS // 32) + (index >> 5), mask=m_row, other=0
-            )
-            start = relative_start(index, length, shift, NUM_BINS, HAS_SHIFT)
-            end = relative_start(index + 1, length, shift, NUM_BINS, HAS_SHIFT)
-            end = tl.where(((word >> (index & 31)) & 1) != 0, end, 0)
-            keep = (o_key[None, :] >= start[:, None]) & (o_key[None, :] < end[:, None])
-        else:
-            o_flat = step * TILE + o_tile
-            m_flat = (o_flat >> width) < count
-            entry = tl.load(ENTRIES + (o_flat >> width), mask=m_flat, other=0)
-            o_key = (entry >> 16).to(tl.int32) + (o_flat & ((1 << width) - 1))
-            keep = ((entry.to(tl.int32)[None, :] >> o_row[:, None]) & 1) != 0
-            keep = keep & (o_key[None, :] < length[:, None])
+        o_key, keep = visit(
+            ENTRIES,
+            BITS + (item_head * num_queries + rows) * (NUM_BINS // 32),
+            step,
+            count,
+            width,
+            length,
+            shift,
+            m_row,
+            NUM_BINS,
+            ROWS,
+            TILE,
+            RELATIVE,
+            HAS_SHIFT,
+        )
         m_key = o_key < real
         p_k = K + o_key.to(tl.int64)[None, :] * k_row + o_dim[:, None]
         b_k = tl.load(p_k, mask=m_key[None, :] & m_dim[:, None], other=0.0)  # [HEAD, TILE]
@@ -189,6 +237,9 @@ def _attention_kernel(
         total = total * rescale + tl.sum(weights, 1)
         acc = acc * rescale[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision=PRECISION)
         highest = new_highest
+    if SAVES_SUM:
+        log_sum = highest + tl.log2(tl.where(total == 0.0, 1.0, total))
+        tl.store(LOG_SUM + item_head * num_queries + rows, tl.where(total == 0.0, 0.0, log_sum), mask=m_row)
     factor = 1.0 / tl.where(total == 0.0, 1.0, total)
     if HAS_SCALE:
         factor *= tl.load(ROW_SCALE + item_head * num_queries + rows, mask=m_row, other=0.0).to(tl.float32)

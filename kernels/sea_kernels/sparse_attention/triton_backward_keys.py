@@ -1,0 +1,406 @@
+"""Gradients of sparse attention to keys and values.
+
+A program takes a tile of keys of one key head. For every query head that reads them it walks the rows that keep some of
+them, 32 at a time, and adds up in registers. Which rows those are, ``triton_inverse.py`` lists; tiles with long lists,
+such as the first tokens, are cut into parts whose sums are added in a fixed order. Bins of the relative layout have
+edges of their own in every row: there a program walks all rows that may see its keys.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_common import item_span, row_span
+from ..triton_entries import Entries, EntryLists, relative_bin
+from ..triton_inverse import UNIT_BITS, InverseLists, cut_tiles, tile_range
+
+LOG2E = 1.4426950408889634
+TILE_KEYS = 16
+
+
+def differentiate_keys(
+    query: Tensor,
+    grad_output: Tensor,
+    log_sum: Tensor,
+    delta: Tensor,
+    row_scale: Tensor | None,
+    key: Tensor,
+    value: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
+    lists: EntryLists,
+    entries: list[Entries],
+    scaling: float,
+) -> None:
+    """Fill ``grad_key`` and ``grad_value`` at real keys.
+
+    Args:
+        query: ``[N, H, T, D]``; its last dimension is contiguous, as those of grad_output, key and value are.
+        grad_output: ``[N, H, T, E]``.
+        log_sum: float32 ``[N, H, T]``, log2 of the sum of each row's exponentiated scores.
+        delta: float32 ``[N, H, T]``, product of grad_output and output; strides as of log_sum.
+        row_scale: ``[N, H, T]``, factor of the output, or None; strides as of log_sum.
+        key: ``[N, G, S, D]``.
+        value: ``[N, G, S, E]``.
+        grad_key: like key.
+        grad_value: like value.
+        lists: of the mask.
+        entries: all of its entries; unused for bins of the relative layout.
+        scaling: factor of the scores.
+    """
+    batch, heads, num_queries, head_dim = query.shape
+    groups, num_keys, value_dim = value.shape[1:]
+    tiles = triton.cdiv(num_keys, TILE_KEYS)
+    tensors = query, key, value, grad_output, grad_key, grad_value
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
+    args = [*tensors, log_sum, delta, row_scale, lists.spans, *strides, *log_sum.stride()[:2]]
+    args += [groups, heads // groups, num_queries, num_keys, tiles, scaling * LOG2E, scaling]
+    options = {
+        "HEAD_DIM": head_dim,
+        "VALUE_DIM": value_dim,
+        "HEAD_PADDED": max(16, triton.next_power_of_2(head_dim)),
+        "VALUE_PADDED": max(16, triton.next_power_of_2(value_dim)),
+        "KEYS": TILE_KEYS,
+        "CAUSAL": lists.causal,
+        "HAS_PADDING": lists.spans is not None,
+        "HAS_SCALE": row_scale is not None,
+        "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
+    }
+    options |= _launch_config(query.dtype, max(head_dim, value_dim))
+    grid = (batch * groups * tiles,)
+    if lists.relative:
+        mask = lists.mask
+        _relative_kernel[grid](
+            *args, lists.source, mask.shift, **options, NUM_BINS=mask.num_bins, HAS_SHIFT=mask.shift != 0
+        )
+        return
+    inverse = InverseLists(lists, entries)
+    parts = cut_tiles(inverse, num_keys, TILE_KEYS, batch * heads, heads // groups)
+    sums = log_sum.new_empty(len(parts.tile), TILE_KEYS, head_dim + value_dim)
+    args += [inverse.rows, inverse.offsets, parts.size, parts.ends, parts.tile, sums, grid[0]]
+    args += [inverse.first_level, inverse.levels, inverse.units]
+    options["UNIT_BITS"] = UNIT_BITS
+    if len(parts.tile):
+        _listed_kernel[len(parts.tile),](*args, **options, EXTRA=True)
+    _listed_kernel[grid](*args, **options, EXTRA=False)
+
+
+def _launch_config(dtype: torch.dtype, width: int) -> dict:
+    """Rows at a time and launch parameters: two tiles of rows per stage must fit, and the sums into registers."""
+    wide = width * dtype.itemsize > 256
+    warps = 1 if width <= 64 else 2 if width <= 128 else 4
+    return {"ROWS": 16 if wide else 32, "num_warps": warps, "num_stages": 2 if wide else 3}
+
+
+@triton.jit
+def _add_rows(
+    p_q,
+    p_grad,
+    LOG_SUM,
+    DELTA,
+    ROW_SCALE,
+    rows,
+    m_rows,
+    keep,
+    b_k,
+    b_v,
+    grad_k,
+    grad_v,
+    q_row,
+    g_row,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Add what ``rows [ROWS]`` of a head give to the gradients of a tile; keep: [KEYS, ROWS]."""
+    o_dim, o_value = tl.arange(0, HEAD_PADDED)[None, :], tl.arange(0, VALUE_PADDED)[None, :]
+    long_rows, m_row = rows.to(tl.int64)[:, None], m_rows[:, None]
+    b_q = tl.load(p_q + long_rows * q_row + o_dim, mask=m_row & (o_dim < HEAD_DIM), other=0.0)  # [ROWS, HEAD]
+    b_grad = tl.load(p_grad + long_rows * g_row + o_value, mask=m_row & (o_value < VALUE_DIM), other=0.0)
+    log_sum = tl.load(LOG_SUM + rows, mask=m_rows, other=0.0)
+    delta = tl.load(DELTA + rows, mask=m_rows, other=0.0)
+    scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale  # [KEYS, ROWS]
+    weights = tl.where(keep, tl.exp2(scores - log_sum[None, :]), 0.0)
+    products = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)
+    shares = weights
+    if HAS_SCALE:
+        factor = tl.load(ROW_SCALE + rows, mask=m_rows, other=0.0).to(tl.float32)[None, :]
+        products *= factor
+        shares *= factor
+    grad_v += tl.dot(shares.to(b_grad.dtype), b_grad, input_precision=PRECISION)
+    grad_scores = weights * (products - delta[None, :])
+    grad_k += tl.dot(grad_scores.to(b_q.dtype), b_q, input_precision=PRECISION)
+    return grad_k, grad_v
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_queries",
+        "num_keys",
+        "tiles",
+        "scale",
+        "scaling",
+        "all_tiles",
+        "first_level",
+        "levels",
+        "units",
+    ]
+)
+def _listed_kernel(
+    Q,
+    K,
+    V,
+    GRAD_OUT,
+    GRAD_K,
+    GRAD_V,
+    LOG_SUM,
+    DELTA,
+    ROW_SCALE,
+    SPANS,
+    q_item,
+    q_head,
+    q_row,
+    k_item,
+    k_head,
+    k_row,
+    v_item,
+    v_head,
+    v_row,
+    g_item,
+    g_head,
+    g_row,
+    gk_item,
+    gk_head,
+    gk_row,
+    gv_item,
+    gv_head,
+    gv_row,
+    r_item,
+    r_head,
+    groups,
+    members,
+    num_queries,
+    num_keys,
+    tiles,
+    scale,
+    scaling,
+    LISTED,
+    OFFSETS,
+    PART_SIZE,
+    PART_ENDS,
+    PART_TILE,
+    SUMS,
+    all_tiles,
+    first_level,
+    levels,
+    units,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT_BITS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXTRA: tl.constexpr,
+):
+    """Sums of the first part of every tile, plus those of its extra parts, which ``EXTRA`` programs left in SUMS."""
+    program = tl.program_id(0)
+    size = tl.load(PART_SIZE)
+    place, low = program, size * 0
+    high = size
+    if EXTRA:
+        place = tl.load(PART_TILE + program).to(tl.int32)
+        exists = place < all_tiles
+        place = tl.where(exists, place, 0)
+        low = (program - tl.load(PART_ENDS + place) + 1) * size
+        high = tl.where(exists, low + size, low)
+    item_group, tile = (place // tiles).to(tl.int64), place % tiles
+    item, group = item_group // groups, item_group % groups
+    first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
+    o_key = tile * KEYS + tl.arange(0, KEYS)
+    m_key = (o_key < real)[:, None]
+    o_dim, o_value = tl.arange(0, HEAD_PADDED)[None, :], tl.arange(0, VALUE_PADDED)[None, :]
+    m_k, m_v = m_key & (o_dim < HEAD_DIM), m_key & (o_value < VALUE_DIM)
+    key_row = (first + o_key).to(tl.int64)[:, None]
+    b_k = tl.load(K + item * k_item + group * k_head + key_row * k_row + o_dim, mask=m_k, other=0.0)  # [KEYS, HEAD]
+    b_v = tl.load(V + item * v_item + group * v_head + key_row * v_row + o_value, mask=m_v, other=0.0)
+    grad_k = tl.zeros([KEYS, HEAD_PADDED], tl.float32)
+    grad_v = tl.zeros([KEYS, VALUE_PADDED], tl.float32)
+    seen = item_group * 0  # rows in the lists so far
+    for segment in range(0, members * levels):
+        head = group * members + segment // levels
+        level = first_level + segment % levels
+        item_head = item_group * members + segment // levels
+        begin, end = tile_range(OFFSETS, item_head, level, tile * KEYS, first_level, levels, units, KEYS)
+        start = begin + tl.maximum(low - seen, 0)
+        stop = tl.minimum(end, begin + (high - seen))
+        seen += end - begin
+        steps = ((tl.maximum(stop - start, 0) + ROWS - 1) // ROWS).to(tl.int32)
+        row_place = item * r_item + head * r_head
+        for step in range(0, steps):
+            o_list = start + step * ROWS + tl.arange(0, ROWS)
+            m_list = o_list < stop
+            element = tl.load(LISTED + o_list, mask=m_list, other=0)
+            rows = element >> UNIT_BITS
+            _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
+            same_unit = (((o_key >> level)[:, None] ^ element[None, :]) & ((1 << UNIT_BITS) - 1)) == 0
+            keep = same_unit & m_list[None, :] & (o_key[:, None] < length[None, :])
+            grad_k, grad_v = _add_rows(
+                Q + item * q_item + head * q_head,
+                GRAD_OUT + item * g_item + head * g_head,
+                LOG_SUM + row_place,
+                DELTA + row_place,
+                ROW_SCALE + row_place if HAS_SCALE else ROW_SCALE,
+                rows,
+                m_list,
+                keep,
+                b_k,
+                b_v,
+                grad_k,
+                grad_v,
+                q_row,
+                g_row,
+                scale,
+                HEAD_DIM,
+                VALUE_DIM,
+                HEAD_PADDED,
+                VALUE_PADDED,
+                HAS_SCALE,
+                PRECISION,
+            )
+    WIDTH: tl.constexpr = HEAD_DIM + VALUE_DIM
+    o_sum = tl.arange(0, KEYS)[:, None] * WIDTH
+    if EXTRA:
+        SUMS += program.to(tl.int64) * (KEYS * WIDTH)
+        tl.store(SUMS + o_sum + o_dim, grad_k, mask=m_k)
+        tl.store(SUMS + o_sum + HEAD_DIM + o_value, grad_v, mask=m_v)
+    else:
+        extra = tl.load(PART_ENDS + place)
+        p_sum = SUMS + extra.to(tl.int64) * (KEYS * WIDTH) + o_sum
+        for _ in range(extra, tl.load(PART_ENDS + place + 1)):
+            grad_k += tl.load(p_sum + o_dim, mask=m_k, other=0.0)
+            grad_v += tl.load(p_sum + HEAD_DIM + o_value, mask=m_v, other=0.0)
+            p_sum += KEYS * WIDTH
+        p_k = GRAD_K + item * gk_item + group * gk_head + key_row * gk_row + o_dim
+        tl.store(p_k, (grad_k * scaling).to(GRAD_K.dtype.element_ty), mask=m_k)
+        p_v = GRAD_V + item * gv_item + group * gv_head + key_row * gv_row + o_value
+        tl.store(p_v, grad_v.to(GRAD_V.dtype.element_ty), mask=m_v)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "tiles", "scale", "scaling", "shift"])
+def _relative_kernel(
+    Q,
+    K,
+    V,
+    GRAD_OUT,
+    GRAD_K,
+    GRAD_V,
+    LOG_SUM,
+    DELTA,
+    ROW_SCALE,
+    SPANS,
+    q_item,
+    q_head,
+    q_row,
+    k_item,
+    k_head,
+    k_row,
+    v_item,
+    v_head,
+    v_row,
+    g_item,
+    g_head,
+    g_row,
+    gk_item,
+    gk_head,
+    gk_row,
+    gv_item,
+    gv_head,
+    gv_row,
+    r_item,
+    r_head,
+    groups,
+    members,
+    num_queries,
+    num_keys,
+    tiles,
+    scale,
+    scaling,
+    BITS,
+    shift,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+):
+    item_group, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
+    item, group = item_group // groups, item_group % groups
+    first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
+    o_key = tile * KEYS + tl.arange(0, KEYS)
+    m_key = (o_key < real)[:, None]
+    o_dim, o_value = tl.arange(0, HEAD_PADDED)[None, :], tl.arange(0, VALUE_PADDED)[None, :]
+    m_k, m_v = m_key & (o_dim < HEAD_DIM), m_key & (o_value < VALUE_DIM)
+    key_row = (first + o_key).to(tl.int64)[:, None]
+    b_k = tl.load(K + item * k_item + group * k_head + key_row * k_row + o_dim, mask=m_k, other=0.0)  # [KEYS, HEAD]
+    b_v = tl.load(V + item * v_item + group * v_head + key_row * v_row + o_value, mask=m_v, other=0.0)
+    grad_k = tl.zeros([KEYS, HEAD_PADDED], tl.float32)
+    grad_v = tl.zeros([KEYS, VALUE_PADDED], tl.float32)
+    offset = first - (num_keys - num_queries)  # row of the first real key
+    first_row = tl.maximum(tile * KEYS + offset, 0) if CAUSAL else tl.maximum(offset, 0)
+    last_row = tl.where(tile * KEYS < real, tl.minimum(real + offset, num_queries), first_row)
+    for member in range(0, members):
+        head = group * members + member
+        row_place = item * r_item + head * r_head
+        for begin in range(first_row, last_row, ROWS):
+            rows = begin + tl.arange(0, ROWS)
+            m_rows = rows < last_row
+            _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
+            m_keep = m_rows[None, :] & (o_key[:, None] < length[None, :])
+            index = relative_bin(o_key[:, None], length[None, :], shift, NUM_BINS, HAS_SHIFT)  # [KEYS, ROWS]
+            p_word = BITS + ((item_group * members + member) * num_queries + rows)[None, :] * (NUM_BINS // 32)
+            word = tl.load(p_word + (index >> 5), mask=m_keep, other=0)
+            keep = m_keep & (((word >> (index & 31)) & 1) != 0)
+            grad_k, grad_v = _add_rows(
+                Q + item * q_item + head * q_head,
+                GRAD_OUT + item * g_item + head * g_head,
+                LOG_SUM + row_place,
+                DELTA + row_place,
+                ROW_SCALE + row_place if HAS_SCALE else ROW_SCALE,
+                rows,
+                m_rows,
+                keep,
+                b_k,
+                b_v,
+                grad_k,
+                grad_v,
+                q_row,
+                g_row,
+                scale,
+                HEAD_DIM,
+                VALUE_DIM,
+                HEAD_PADDED,
+                VALUE_PADDED,
+                HAS_SCALE,
+                PRECISION,
+            )
+    p_k = GRAD_K + item * gk_item + group * gk_head + key_row * gk_row + o_dim
+    tl.store(p_k, (grad_k * scaling).to(GRAD_K.dtype.element_ty), mask=m_k)
+    p_v = GRAD_V + item * gv_item + group * gv_head + key_row * gv_row + o_value
+    tl.store(p_v, grad_v.to(GRAD_V.dtype.element_ty), mask=m_v)
