@@ -4,10 +4,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..backend import Backend, choose_backend
+from ..backend import Backend, choose_backend, fits_kernels
 from ..bins import LAYOUTS, Layout
 from ..checks import check_bins, check_choice, check_qkv, check_same_device
-from ..spans import row_spans
+from ..spans import check_rows, row_spans
 
 __all__ = ["STATISTICS", "Statistic", "pooled_scores"]
 
@@ -36,8 +36,9 @@ def pooled_scores(
     Only keys that the row may see are pooled: its own bin, where not complete, up to the row's position. A relative bin
     that holds no key scores as the key nearest to its middle; an aligned bin beyond the row's last one scores as the
     last one. Padding rows give 0. Computed in float32 for half-precision inputs (means from prefix sums in float64),
-    also under autocast; float64 stays float64. Gradients flow to query and key. Time and memory are linear in T, except
-    that ``bound`` keeps log2(S / K) copies of the keys. Beyond the paper.
+    also under autocast; float64 stays float64. The Triton form rounds pooled keys to key's dtype where rows share them.
+    Gradients flow to query and key. Time and memory are linear in T, except that ``bound`` keeps log2(S / K) copies of
+    the keys (the Triton form: for causal relative bins only). Beyond the paper.
 
     Args:
         query: ``[N, H, T, D]``, the last T of the S positions.
@@ -65,18 +66,16 @@ def pooled_scores(
     if shift and layout == "aligned":
         raise ValueError(f"shift is {shift} with layout='aligned', expected 0: only relative edges move")
     check_same_device(query=query, attention_mask=attention_mask)
-    batch, _, num_queries, _ = query.shape
-    spans = row_spans(
-        batch, num_queries, key.shape[2], causal=causal, attention_mask=attention_mask, device=query.device
-    )
-    choose_backend(backend, query, triton_exists=False, operation="pooled_scores")
+    rows = (query.shape[0], query.shape[2], key.shape[2])
+    check_rows(*rows, causal=causal, attention_mask=attention_mask)
+    options = {"num_bins": num_bins, "layout": layout, "causal": causal, "scaling": scaling}
+    options |= {"statistic": statistic, "shift": shift}
+    exists = fits_kernels(query)
+    if choose_backend(backend, query, triton_exists=exists, operation="pooled_scores") == "triton":
+        from .gradient import TritonScores
+
+        return TritonScores.apply(query, key, attention_mask, options)
     from . import reference
 
-    arguments = {"num_bins": num_bins, "scaling": scaling, "statistic": statistic}
-    if not causal:
-        scores = reference.bidirectional(query, key, spans, layout=layout, shift=shift, **arguments)
-    elif layout == "relative":
-        scores = reference.causal_relative(query, key, spans, shift=shift, **arguments)
-    else:
-        scores = reference.causal_aligned(query, key, spans, padded=attention_mask is not None, **arguments)
-    return scores.to(query.dtype)
+    spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)
+    return reference.pooled_scores(query, key, spans, padded=attention_mask is not None, **options)

@@ -11,6 +11,30 @@ from ..pooling import RunPool, pool_once, query_features
 from ..spans import RowSpans
 
 
+def pooled_scores(
+    query: Tensor,
+    key: Tensor,
+    spans: RowSpans,
+    *,
+    num_bins: int,
+    layout: Layout,
+    causal: bool,
+    scaling: float,
+    statistic: str,
+    shift: int,
+    padded: bool,
+) -> Tensor:
+    """See :func:`sea_kernels.pooled_scores`; ``padded`` says whether ``spans`` come from a mask."""
+    options = {"num_bins": num_bins, "scaling": scaling, "statistic": statistic}
+    if not causal:
+        scores = bidirectional(query, key, spans, layout=layout, shift=shift, **options)
+    elif layout == "relative":
+        scores = causal_relative(query, key, spans, shift=shift, **options)
+    else:
+        scores = causal_aligned(query, key, spans, padded=padded, **options)
+    return scores.to(query.dtype)
+
+
 def bidirectional(
     query: Tensor,
     key: Tensor,

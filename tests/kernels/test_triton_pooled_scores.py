@@ -1,0 +1,112 @@
+"""The Triton form of the pooled-key scores against the PyTorch form, in the interpreter where there is no GPU."""
+
+import pytest
+import torch
+
+from sea_kernels import pooled_scores
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+K = 32
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New tensors hold NaN until something is written to them."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def assert_same(query, key, *, attention_mask=None, tolerance=1e-6, num_bins=K, **options):
+    """The Triton form's error against float64 is within ``tolerance`` of the result's size; returns its scores."""
+    query, key = query.to(DEVICE), key.to(DEVICE)
+    options = {"layout": "aligned", "causal": True} | options | {"scaling": -0.7, "num_bins": num_bins}
+    options["attention_mask"] = None if attention_mask is None else attention_mask.to(DEVICE)
+    scores = pooled_scores(query, key, backend="triton", **options)
+    exact = pooled_scores(query.double(), key.double(), backend="reference", **options)
+    assert scores.dtype == query.dtype
+    assert (scores.double() - exact).norm() <= tolerance * exact.norm()
+    return scores
+
+
+@pytest.mark.parametrize("statistic", ["mean", "bound"])
+@pytest.mark.parametrize(
+    ("layout", "queries", "keys", "shift"),
+    [
+        ("aligned", 20, 20, 0),  # fewer keys than bins
+        ("aligned", 70, 70, 0),  # three widths
+        ("aligned", 1, 75, 0),
+        ("relative", 20, 20, 150),
+        ("relative", 9, 111, -190),
+    ],
+)
+def test_causal_rows_match(random_qkv, layout, queries, keys, shift, statistic):
+    query, key, _ = (x.float() for x in random_qkv(batch=1, heads=2, groups=1, queries=queries, keys=keys, width=12))
+    assert_same(query, key, layout=layout, statistic=statistic, shift=shift)
+
+
+@pytest.mark.parametrize(("layout", "statistic"), [("aligned", "bound"), ("relative", "mean")])
+def test_padding_on_both_sides(random_qkv, padding_mask, layout, statistic):
+    query, key, _ = (x.float() for x in random_qkv(heads=1, groups=1, queries=40, keys=63, width=5))
+    mask = padding_mask(63, [(30, 0), (2, 11)])
+    key.transpose(1, 2)[~mask] = torch.nan
+    query.transpose(1, 2)[~mask[:, -40:]] = torch.nan
+    key = torch.where(mask[:, None, :, None], key, 0) if layout == "relative" else key  # prefix sums spread a NaN
+    options = {"layout": layout, "causal": True, "statistic": statistic, "num_bins": K, "scaling": -0.7}
+    options["attention_mask"] = mask.to(DEVICE)
+    scores = pooled_scores(query.to(DEVICE), key.to(DEVICE), backend="triton", **options)
+    clean = [torch.nan_to_num(x).double().to(DEVICE) for x in (query, key)]
+    exact = pooled_scores(*clean, backend="reference", **options)
+    torch.testing.assert_close(scores.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "bound"])
+@pytest.mark.parametrize(("layout", "shift"), [("aligned", 0), ("relative", 192)])
+def test_bidirectional_rows_match(random_qkv, padding_mask, layout, shift, statistic):
+    query, key, _ = (x.float() for x in random_qkv(heads=2, groups=1, queries=50, width=8))
+    mask = padding_mask(50, [(3, 4), (30, 0)])
+    assert_same(query, key, layout=layout, causal=False, shift=shift, statistic=statistic, attention_mask=mask)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "bound"])
+def test_own_bins_wider_than_a_block_of_rows(random_qkv, statistic):
+    query, key, _ = (x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=40, keys=2100, width=4))
+    assert_same(query, key, statistic=statistic)
+
+
+@pytest.mark.parametrize(("layout", "statistic"), [("aligned", "bound"), ("relative", "mean")])
+def test_half_precision_and_bins_that_are_no_power_of_two(random_qkv, layout, statistic):
+    query, key, _ = (x.half() for x in random_qkv(batch=1, queries=20, width=8))
+    assert_same(query, key, layout=layout, statistic=statistic, num_bins=96, tolerance=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["aligned", "relative"])
+def test_later_keys_change_nothing(random_qkv, layout):
+    query, key, _ = (x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=50))
+    before = assert_same(query, key, layout=layout)
+    key[:, :, 41:] += 1
+    after = assert_same(query, key, layout=layout)
+    assert torch.equal(before[:, :, :41], after[:, :, :41])
+    assert (before[:, :, 41:] != after[:, :, 41:]).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("layout", "causal"), [("aligned", True), ("relative", True), ("aligned", False), ("relative", False)]
+)
+def test_gradients_match(random_qkv, padding_mask, layout, causal):
+    query, key, _ = random_qkv(heads=2, groups=1, queries=20)
+    options = {"num_bins": K, "layout": layout, "causal": causal, "scaling": 0.7, "statistic": "bound"}
+    options["attention_mask"] = padding_mask(20, [(5, 0), (0, 0)]).to(DEVICE)
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (query, key)]
+        scores = pooled_scores(*leaves, backend=backend, **options)
+        results.append(torch.autograd.grad((scores * scores.detach().cos()).sum(), leaves))
+    for got, expected in zip(*results, strict=True):
+        assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_float64_has_no_kernel(random_qkv):
+    query, key, _ = random_qkv()
+    with pytest.raises(NotImplementedError, match="pooled_scores: backend='triton'"):
+        pooled_scores(query, key, num_bins=K, layout="aligned", causal=True, scaling=1.0, backend="triton")
