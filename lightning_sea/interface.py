@@ -77,9 +77,7 @@ def sea_attention(
     else:
         context = _softmax_attention(module, query, key, value, attention_mask, scaling, dropout)
     if recorder is not None:
-        recorder.records.append(
-            LayerRecord(query, key, value, context, scaling, attention_mask, module.is_causal, estimate)
-        )
+        recorder.keep(LayerRecord(query, key, value, context, scaling, attention_mask, module.is_causal, estimate))
     return context, None
 
 

@@ -1,5 +1,7 @@
 """Recording what every attention layer of a model saw and gave, for distillation, monitoring and pictures."""
 
+from collections.abc import Callable
+
 from transformers import PreTrainedModel
 
 from .families import attention_sites
@@ -13,11 +15,16 @@ class AttentionRecorder:
 
     A dense model runs its attention through ``scaled_dot_product_attention`` meanwhile. On exit the model is as before.
     ``records`` holds the layers of the forward passes since ``clear()``, first layer first.
+
+    Args:
+        model: the model to record.
+        keep: called with every layer's record, right after its attention, in place of adding it to ``records``.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, keep: Callable[[LayerRecord], None] | None = None) -> None:
         self.model = model
         self.records: list[LayerRecord] = []
+        self.keep = self.records.append if keep is None else keep
 
     def __enter__(self) -> "AttentionRecorder":
         self._modules = [site.module for site in attention_sites(self.model)]

@@ -15,7 +15,6 @@ from ..data.embedded import resolve_model
 from ..data.tokenizers import check_positions
 from ..distillation import (
     DistillationConfig,
-    estimation_losses,
     hidden_loss,
     layer_losses,
     logit_loss,
@@ -23,6 +22,7 @@ from ..distillation import (
     weighted_sum,
 )
 from ..recorder import AttentionRecorder, LayerRecord
+from .layerwise import LayerwiseLosses
 from .optimization import OptimizerConfig, build_optimizer, parameters_without_gradient
 
 Batch = dict[str, Tensor]
@@ -249,29 +249,23 @@ class DistillationModule(LightningModule):
             loss = losses["task"]
         else:
             first_stage = self.trainer.global_step < self.estimator_steps
-            losses = self._estimator_losses(batch) if first_stage else self._all_losses(batch)
-            loss = weighted_sum(losses, self.distillation)
+            losses, loss = self._estimator_losses(batch) if first_stage else self._all_losses(batch)
         self.log("train/loss", loss.detach(), prog_bar=True)
         self.log_dict({f"train/{name}": value.detach() for name, value in losses.items()})
         return self._with_all_parameters(loss)
 
-    def _estimator_losses(self, batch: Batch) -> dict[str, Tensor]:
-        """First stage: the estimators see the teacher's queries, keys and values."""
-        records = self._teacher_records(batch)
-        losses, pairs = [], [(record, record) for record in records]
-        for index, layer in zip(self.student.sea_conversion.layers, adapt.sea_layers(self.student), strict=True):
-            record = records[index]
-            estimate = layer.estimate(
-                record.query, record.key, record.value, scaling=record.scaling, attention_mask=record.attention_mask
-            )
-            losses.append(estimation_losses(record, estimate))
-            pairs[index] = (record, dataclasses.replace(record, estimate=estimate))
-        if self.keep_records:
-            self.layer_records = pairs
-        losses = mean_over_layers(losses)
-        return {name: loss for name, loss in losses.items() if getattr(self.distillation, name)}
+    def _estimator_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """First stage: the estimators see the teacher's queries, keys and values, and learn while the teacher runs."""
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = torch.ones((), device=self.device)
+        scale = scale if scaler is None else scaler.scale(scale)
+        layers = LayerwiseLosses(self.student, self.distillation, scale, keep_records=self.keep_records)
+        with torch.no_grad(), AttentionRecorder(self.teacher, keep=layers):
+            self._forward(self.teacher.base_model, batch)  # no logits needed
+        self.layer_records = layers.pairs
+        return layers.result()
 
-    def _all_losses(self, batch: Batch) -> dict[str, Tensor]:
+    def _all_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Second stage: student and teacher side by side."""
         config, want_hidden = self.distillation, bool(self.distillation.hidden)
         with torch.no_grad(), AttentionRecorder(self.teacher) as teacher_layers:
@@ -289,7 +283,8 @@ class DistillationModule(LightningModule):
             losses["task"] = self.task_loss(student.logits, batch)
         if self.keep_records:
             self.layer_records = pairs
-        return {name: loss for name, loss in losses.items() if getattr(config, name)}
+        losses = {name: loss for name, loss in losses.items() if getattr(config, name)}
+        return losses, weighted_sum(losses, config)
 
     def _with_all_parameters(self, loss: Tensor) -> Tensor:
         """Tie parameters that this step does not use to the loss, when there are several processes.

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..backend import Backend, choose_backend, fits_kernels, has_kernel_dtype
+from ..backend import KERNEL_DTYPES, Backend, choose_backend, fits_kernels
 from ..bins import LAYOUTS, Layout
 from ..checks import check_bins, check_choice, check_mask, check_qkv, check_same_device, check_shape
 from ..masks import BinMask, RunMask
@@ -133,7 +133,7 @@ def estimation_loss(
     num_keys = num_queries if num_keys is None else num_keys
     rows = batch, num_queries, num_keys
     check_rows(*rows, causal=causal, attention_mask=attention_mask)
-    exists = has_kernel_dtype(scores, *statistics)
+    exists = all(tensor.dtype in KERNEL_DTYPES for tensor in (scores, *statistics))
     if choose_backend(backend, scores, triton_exists=exists, operation="estimation_loss") == "triton":
         from .gradient import TritonEstimationLoss
 
