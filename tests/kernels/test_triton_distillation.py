@@ -1,4 +1,9 @@
-"""The Triton forms of distillation against the PyTorch forms in float64, in the interpreter where there is no GPU."""
+"""The Triton forms of distillation against the PyTorch forms in float64, in the interpreter where there is no GPU.
+
+The PyTorch forms run on the CPU: on a GPU some of their operations have no deterministic form.
+"""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -37,7 +42,7 @@ def poisoned_memory():
 def place(request, padding_mask):
     """Number of items, queries and keys, and the arguments that say which keys a row sees."""
     causal, queries, keys, sides = PLACES[request.param]
-    mask = None if sides is None else padding_mask(keys, sides).to(DEVICE)
+    mask = None if sides is None else padding_mask(keys, sides)
     return 1 if sides is None else len(sides), queries, keys, {"causal": causal, "attention_mask": mask}
 
 
@@ -48,48 +53,82 @@ def random(*shape, seed=0, size=1.0):
 
 def random_mask(shape, layout, shift=0):
     keep = torch.rand(*shape, 32, generator=torch.Generator().manual_seed(1)) < 0.3
-    return BinMask(pack_bits(keep).to(DEVICE), 32, layout, shift)
+    return BinMask(pack_bits(keep), 32, layout, shift)
 
 
-def assert_near(actual, exact, tolerance=1e-5):
-    """The error is within ``tolerance`` of the size of the exact result."""
-    for one, other in zip(actual, exact, strict=True):
+def exact(x):
+    return x.detach().cpu().double()
+
+
+def on_device(value):
+    """The same tensor, mask or set of arguments on ``DEVICE``."""
+    if isinstance(value, dict):
+        return {name: on_device(entry) for name, entry in value.items()}
+    if isinstance(value, BinMask):
+        return replace(value, bits=value.bits.to(DEVICE))
+    if isinstance(value, RunMask):
+        return replace(value, starts=value.starts.to(DEVICE))
+    return value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+
+
+def assert_near(actual, expected, tolerance=1e-5):
+    """The error is within ``tolerance`` of the size of the expected result."""
+    for one, other in zip(actual, expected, strict=True):
         assert one.shape == other.shape
-        assert (one.double() - other).norm() <= tolerance * other.norm()
+        assert (one.cpu().double() - other).norm() <= tolerance * other.norm()
 
 
 def with_gradients(losses, inputs, size=1.0):
     """Losses and the gradients of a randomly weighted sum of them."""
-    weights = [random(*loss.shape, seed=seed, size=size).to(loss.dtype) for seed, loss in enumerate(losses)]
+    weights = [random(*loss.shape, seed=seed, size=size).to(loss) for seed, loss in enumerate(losses)]
     total = sum((weight * loss).sum() for weight, loss in zip(weights, losses, strict=True))
     return [loss.detach() for loss in losses], torch.autograd.grad(total, inputs)
 
 
-def compare_statistics(query, key, num_bins=32, tolerance=1e-5, **rest):
-    actual = teacher_statistics(query, key, num_bins=num_bins, scaling=0.4, backend="triton", **rest)
-    exact = teacher_statistics(
-        query.double(), key.double(), num_bins=num_bins, scaling=0.4, backend="reference", **rest
-    )
+def compare_statistics(query, key, num_bins=32, **rest):
+    rest |= {"num_bins": num_bins, "scaling": 0.4}
+    actual = teacher_statistics(query, key, backend="triton", **on_device(rest))
+    expected = teacher_statistics(exact(query), exact(key), backend="reference", **rest)
     assert all(tensor.dtype == torch.float32 for tensor in actual)
-    assert_near(actual, exact, tolerance)
+    assert_near(actual, expected)
 
 
-def compare_attention_losses(tensors, *, size=1.0, tolerance=1e-5, gradient_tolerance=1e-5, **rest):
-    """Losses and gradients of student's and teacher's ``[N, H, T, D]``, ``[N, G, S, D]``; returns the gradients."""
-    results = []
-    for backend, cast in (("triton", lambda x: x), ("reference", lambda x: x.double())):
-        teacher_query, teacher_key, query, key = (cast(x).detach() for x in tensors)
-        student = query.requires_grad_(), key.requires_grad_()
-        losses = attention_loss(
-            teacher_query, teacher_key, *student, teacher_scaling=0.6, scaling=0.3, backend=backend, **rest
-        )
-        results.append(with_gradients(losses, student, size))
-    (losses, grads), (exact_losses, exact_grads) = results
+def compare_estimation_losses(scores, statistics, gradient_tolerance=1e-5, **rest):
+    """``statistics`` are in float64 and on the CPU."""
+    numbers = TeacherStatistics(*(tensor.float().to(DEVICE) for tensor in statistics))
+    scores, twin = scores.requires_grad_(), exact(scores).requires_grad_()
+    losses = estimation_loss(scores, numbers, backend="triton", **on_device(rest))
+    losses, (grad,) = with_gradients(losses, [scores])
+    expected, (expected_grad,) = with_gradients(estimation_loss(twin, statistics, backend="reference", **rest), [twin])
     assert all(loss.dtype == torch.float32 for loss in losses)
-    assert all(grad.dtype == x.dtype for grad, x in zip(grads, tensors[2:], strict=True))
-    assert_near(losses, exact_losses, tolerance)
-    assert_near(grads, exact_grads, gradient_tolerance)
+    assert grad.dtype == scores.dtype
+    assert_near(losses, expected)
+    assert_near([grad], [expected_grad], gradient_tolerance)
+
+
+def compare_attention_losses(tensors, *, size=1.0, gradient_tolerance=1e-5, wanted=(True, True), **rest):
+    """Losses and gradients of teacher's and student's ``[N, H, T, D]``, ``[N, G, S, D]``; returns the gradients."""
+    results = []
+    for backend, cast, place in (("triton", torch.clone, on_device(rest)), ("reference", exact, rest)):
+        teacher_query, teacher_key, *student = map(cast, tensors)
+        inputs = [x.requires_grad_() for x, is_wanted in zip(student, wanted, strict=True) if is_wanted]
+        scalings = {"teacher_scaling": 0.6, "scaling": 0.3}
+        losses = attention_loss(teacher_query, teacher_key, *student, backend=backend, **scalings, **place)
+        results.append(with_gradients(losses, inputs, size))
+    (losses, grads), (expected, expected_grads) = results
+    assert all(loss.dtype == torch.float32 for loss in losses)
+    assert all(grad.dtype == tensors[2].dtype for grad in grads)
+    assert_near(losses, expected)
+    assert_near(grads, expected_grads, gradient_tolerance)
     return grads
+
+
+def compare_kept_mass(query, key, mask, **rest):
+    rest["scaling"] = 0.4
+    actual = kept_mass(query, key, on_device(mask), backend="triton", **on_device(rest))
+    expected = kept_mass(exact(query), exact(key), mask, backend="reference", **rest)
+    assert actual.dtype == torch.float32
+    assert_near([actual], [expected])
 
 
 @pytest.mark.parametrize(("layout", "shift"), LAYOUTS)
@@ -145,30 +184,19 @@ def test_statistics_of_half_precision_odd_widths_and_transposed_inputs(dtype):
 def test_estimation_loss_matches(place, layout, shift):
     batch, queries, keys, rest = place
     rest |= {"layout": layout, "shift": shift}
-    query, key = random(batch, 2, queries, 16).double(), random(batch, 2, keys, 16, seed=1).double()
+    query, key = exact(random(batch, 2, queries, 16)), exact(random(batch, 2, keys, 16, seed=1))
     statistics = teacher_statistics(query, key, num_bins=32, scaling=0.4, **rest)
-    results = []
-    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        scores = random(batch, 2, queries, 32, seed=2, size=2.0).to(dtype).requires_grad_()
-        numbers = TeacherStatistics(*(tensor.to(dtype) for tensor in statistics))
-        losses = estimation_loss(scores, numbers, num_keys=keys, backend=backend, **rest)
-        losses, grads = with_gradients(losses, [scores])
-        results.append((*losses, *grads))
-    assert_near(*results)
+    scores = random(batch, 2, queries, 32, seed=2, size=2.0)
+    compare_estimation_losses(scores, statistics, num_keys=keys, **rest)
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_estimation_loss_of_half_precision_scores(dtype):
-    query, key, scores = random(1, 2, 45, 8), random(1, 2, 45, 8, seed=1), random(1, 45, 2, 96, seed=2)
-    scores = scores.to(dtype).transpose(1, 2)
-    statistics = teacher_statistics(query, key, num_bins=96, layout="relative", causal=True, scaling=1.0)
-    results = []
-    for backend in ("triton", "reference"):
-        losses = estimation_loss(scores.requires_grad_(), statistics, layout="relative", causal=True, backend=backend)
-        results.append(with_gradients(losses, [scores]))
-    assert results[0][1][0].dtype == dtype
-    assert_near(results[0][0], results[1][0])
-    assert_near(results[0][1], results[1][1], 1e-2)
+def test_estimation_loss_of_half_precision_and_transposed_scores(dtype):
+    query, key = exact(random(1, 2, 45, 8)), exact(random(1, 2, 45, 8, seed=1))
+    rest = {"layout": "relative", "causal": True}
+    statistics = teacher_statistics(query, key, num_bins=96, scaling=1.0, **rest)
+    scores = random(1, 45, 2, 96, seed=2).to(dtype).transpose(1, 2)
+    compare_estimation_losses(scores, statistics, gradient_tolerance=1e-2, **rest)
 
 
 def test_attention_loss_matches(place):
@@ -179,7 +207,7 @@ def test_attention_loss_matches(place):
     grads = compare_attention_losses((*teacher, *student), **rest)
     if rest["attention_mask"] is not None:
         for grad in grads:
-            assert not grad.transpose(1, 2)[~rest["attention_mask"][:, -grad.shape[2] :]].any()
+            assert not grad.cpu().transpose(1, 2)[~rest["attention_mask"][:, -grad.shape[2] :]].any()
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -193,21 +221,8 @@ def test_attention_loss_of_half_precision_and_odd_widths(dtype):
 def test_small_gradients_in_half_precision():
     """The mean over many rows makes gradients of scores that float16 cannot hold; the query's it can."""
     query, key = random(2, 2, 40, 16, size=0.02).half(), random(2, 2, 40, 16, seed=1, size=100.0).half()
-    grads = []
-    for backend, cast in (("triton", lambda x: x), ("reference", lambda x: x.double())):
-        student = cast(query[1:]).requires_grad_()
-        losses = attention_loss(
-            cast(query[:1]),
-            cast(key[:1]),
-            student,
-            cast(key[1:]),
-            causal=True,
-            teacher_scaling=0.6,
-            scaling=0.3,
-            backend=backend,
-        )
-        grads.append(with_gradients(losses, [student], size=1e-6)[1])
-    assert_near(*grads, tolerance=0.05)
+    tensors = query[:1], key[:1], query[1:], key[1:]
+    compare_attention_losses(tensors, size=1e-6, gradient_tolerance=0.05, wanted=(True, False), causal=True)
 
 
 @pytest.mark.parametrize("width", [128, 256])
@@ -217,21 +232,10 @@ def test_attention_loss_of_wide_heads(width):
 
 
 def test_only_wanted_gradients_are_computed():
-    teacher, query, key = random(1, 2, 20, 8), random(1, 2, 20, 8, seed=1), random(1, 2, 20, 8, seed=2)
-    both = compare_attention_losses((teacher, teacher, query, key), causal=True)
-    for index in range(2):
-        student = [query.clone(), key.clone()]
-        student[index].requires_grad_()
-        losses = attention_loss(
-            teacher.clone().requires_grad_(),
-            teacher,
-            *student,
-            causal=True,
-            teacher_scaling=0.6,
-            scaling=0.3,
-            backend="triton",
-        )
-        _, (grad,) = with_gradients(losses, [student[index]])
+    tensors = [random(1, 2, 20, 8, seed=seed) for seed in range(4)]
+    both = compare_attention_losses(tensors, causal=True)
+    for index, wanted in enumerate([(True, False), (False, True)]):
+        (grad,) = compare_attention_losses(tensors, wanted=wanted, causal=True)
         assert torch.equal(grad, both[index])
 
 
@@ -260,23 +264,15 @@ def test_the_teacher_s_own_scores_cost_nothing():
 )
 def test_kept_mass_of_bins_matches(padding_mask, causal, queries, keys, sides, layout, shift):
     query, key = random(len(sides), 2, queries, 16), random(len(sides), 1, keys, 16, seed=1)
-    rest = {"causal": causal, "scaling": 0.4, "attention_mask": padding_mask(keys, sides).to(DEVICE)}
     mask = random_mask(query.shape[:3], layout, shift)
-    actual = kept_mass(query, key, mask, backend="triton", **rest)
-    exact = kept_mass(query.double(), key.double(), mask, backend="reference", **rest)
-    assert_near([actual], [exact])
+    compare_kept_mass(query, key, mask, causal=causal, attention_mask=padding_mask(keys, sides))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_kept_mass_of_runs_matches(dtype):
     query, key = random(1, 2, 40, 27).to(dtype), random(1, 2, 63, 27, seed=1).to(dtype)
-    starts = torch.tensor([0, 8, 16, -1], dtype=torch.int32, device=DEVICE).expand(1, 2, 40, 4).contiguous()
-    mask = RunMask(starts, width=4)
-    rest = {"causal": True, "scaling": 0.4}
-    actual = kept_mass(query, key, mask, backend="triton", **rest)
-    exact = kept_mass(query.double(), key.double(), mask, backend="reference", **rest)
-    assert actual.dtype == torch.float32
-    assert_near([actual], [exact])
+    starts = torch.tensor([0, 8, 16, -1], dtype=torch.int32).expand(1, 2, 40, 4).contiguous()
+    compare_kept_mass(query, key, RunMask(starts, width=4), causal=True)
 
 
 def all_operations(query, key, scores, backend):
@@ -286,7 +282,7 @@ def all_operations(query, key, scores, backend):
     inputs = [x.clone().requires_grad_() for x in (query, key, scores)]
     losses = estimation_loss(inputs[2], statistics, layout="aligned", **rest)
     losses += attention_loss(query, key, *inputs[:2], teacher_scaling=1.0, scaling=0.5, **rest)
-    kept = kept_mass(query, key, random_mask(query.shape[:3], "aligned"), scaling=1.0, **rest)
+    kept = kept_mass(query, key, on_device(random_mask(query.shape[:3], "aligned")), scaling=1.0, **rest)
     losses, grads = with_gradients(losses, inputs)
     return *statistics, *losses, kept, *grads
 
@@ -329,7 +325,7 @@ def test_memory_is_linear():
 
 
 def test_float64_has_no_kernel():
-    query, key, scores = (x.double() for x in (random(1, 2, 20, 8), random(1, 2, 20, 8), random(1, 2, 20, 32)))
+    query, key, scores = (exact(x) for x in (random(1, 2, 20, 8), random(1, 2, 20, 8), random(1, 2, 20, 32)))
     rest = {"causal": True, "backend": "triton"}
     statistics = teacher_statistics(query, key, num_bins=32, layout="aligned", scaling=1.0, causal=True)
     with pytest.raises(NotImplementedError, match=r"teacher_statistics.* no Triton form"):
