@@ -210,6 +210,23 @@ def test_attention_loss_matches(place):
             assert not grad.cpu().transpose(1, 2)[~rest["attention_mask"][:, -grad.shape[2] :]].any()
 
 
+def test_what_padding_holds_does_not_matter(padding_mask):
+    mask = on_device(padding_mask(70, [(50, 0), (3, 9)]))
+    rest = {"causal": True, "attention_mask": mask, "backend": "triton"}
+    results = []
+    for filling in (0.0, torch.nan):
+        query, key = (
+            torch.where(mask[:, None, :, None], random(2, heads, 70, 16, seed=heads), filling) for heads in (4, 2)
+        )
+        statistics = teacher_statistics(query, key, num_bins=32, layout="relative", scaling=1.0, **rest)
+        student = [x.clone().requires_grad_() for x in (query, key)]
+        losses = attention_loss(query, key, *student, teacher_scaling=1.0, scaling=0.5, **rest)
+        losses, grads = with_gradients(losses, student)
+        results.append((*statistics, *losses, *grads))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", HALF)
 def test_attention_loss_of_half_precision_and_odd_widths(dtype):
     student = random(1, 70, 2, 59).to(dtype), random(1, 70, 1, 59, seed=1).to(dtype)

@@ -1,7 +1,7 @@
 """Triton form of the estimator's loss: a program holds the K bins of a few rows in registers.
 
 Its gradient has a closed form, which needs nothing but what the loss was computed from. With p_b = n_b e_b the row's
-mass in bin b: d KL / d y_b = p_b sum(tau) - tau_b, and the squared error's is p_b (u_b - sum p u), u = 2 (p - tau) / n.
+mass in bin b: d KL / d y_b = p_b - tau_b, and the squared error's is p_b (u_b - sum p u), u = 2 (p - tau) / n.
 """
 
 import torch
@@ -92,8 +92,8 @@ def _load_estimate(
     RELATIVE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
 ):
-    """The program's rows: their places, which are real, and of every bin the estimate's mass, the base-2 logarithm of
-    its mass per key, the teacher's mass, one over the keys, and whether there are any."""
+    """The places of the program's rows and whether they exist, then of all bins: the estimate's mass, the base-2
+    logarithm of its mass per key, the teacher's mass, one over the number of keys, and whether there are any."""
     LOG2E: tl.constexpr = 1.4426950408889634
     head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
@@ -119,7 +119,7 @@ def _load_estimate(
     total = tl.where(length > 0, tl.sum(weights, 1), 1.0)
     logs = tl.where(filled, scores - (highest + tl.log2(total))[:, None], 0.0)
     target = tl.load(MASS + place[:, None] * NUM_BINS + o_bin[None, :], mask=filled, other=0.0).to(tl.float32)
-    return place, rows < num_queries, length > 0, weights / total[:, None], logs, target, 1.0 / size, filled
+    return place, rows < num_queries, weights / total[:, None], logs, target, 1.0 / size, filled
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_levels", "shift"])
@@ -147,7 +147,7 @@ def _loss_kernel(
     HAS_SHIFT: tl.constexpr,
 ):
     LN2: tl.constexpr = 0.6931471805599453
-    place, m_row, is_real, estimate, logs, target, per_key, _ = _load_estimate(
+    place, m_row, estimate, logs, target, per_key, _ = _load_estimate(
         Y,
         MASS,
         SPANS,
@@ -173,8 +173,8 @@ def _loss_kernel(
     spread = tl.maximum(square - tl.sum(target * target * per_key, 1), 0.0)
     error = estimate - target
     square_error = tl.sum(error * error * per_key, 1) + spread
-    tl.store(DIVERGENCE + place, tl.where(is_real, divergence, 0.0), mask=m_row)
-    tl.store(SQUARE_ERROR + place, tl.where(is_real, square_error, 0.0), mask=m_row)
+    tl.store(DIVERGENCE + place, divergence, mask=m_row)  # all terms of a padding row are 0
+    tl.store(SQUARE_ERROR + place, square_error, mask=m_row)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_levels", "shift"])
@@ -200,7 +200,7 @@ def _gradient_kernel(
     RELATIVE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
 ):
-    place, m_row, _, estimate, _, target, per_key, filled = _load_estimate(
+    place, m_row, estimate, _, target, per_key, filled = _load_estimate(
         Y,
         MASS,
         SPANS,
@@ -219,7 +219,7 @@ def _gradient_kernel(
         RELATIVE,
         HAS_SHIFT,
     )
-    of_divergence = estimate * tl.sum(target, 1)[:, None] - target
+    of_divergence = estimate - target
     slope = 2.0 * (estimate - target) * per_key
     of_square_error = estimate * (slope - tl.sum(estimate * slope, 1)[:, None])
     grad_divergence = tl.load(GRAD_DIVERGENCE + place, mask=m_row, other=0.0)[:, None]
