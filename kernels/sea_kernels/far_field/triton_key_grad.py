@@ -26,7 +26,6 @@ def kept_gradients(walk: Walk, grad_output: Tensor, log_sums: Tensor, delta: Ten
         *walk.row_arguments(grad_output, log_sums, delta),
         **walk.sizes(),
         **walk.row_sizes(),
-        num_warps=4,
     )
     return grad_key, grad_value
 

@@ -62,7 +62,7 @@ def pool(
         RUNS=runs,
         TILE_KEYS=tile_keys,
         HAS_PADDING=spans is not None,
-        num_warps=4,
+        num_warps=4 if max(head_dim, value_dim) <= 64 else 8,
     )
     return Pool(keys, values, offsets)
 

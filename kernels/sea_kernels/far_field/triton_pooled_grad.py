@@ -29,7 +29,7 @@ def _bin_gradients(walk: Walk, bins: Pool, rows: tuple) -> Pool:
     grads = _empty_like(bins, splits)
     tiles = bins.offset.shape[-1] // TILE
     _bin_gradients_kernel[(tiles, walk.batch * walk.heads, splits)](
-        *bins, *grads, *rows, **walk.sizes(), **walk.row_sizes(), num_warps=4
+        *bins, *grads, *rows, **walk.sizes(), **walk.row_sizes()
     )
     return Pool(*(grad.sum(0) if splits > 1 else grad[0] for grad in grads))
 
@@ -37,7 +37,7 @@ def _bin_gradients(walk: Walk, bins: Pool, rows: tuple) -> Pool:
 def _run_gradients(walk: Walk, runs: Pool, rows: tuple) -> Pool:
     grads = _empty_like(runs, 1)
     _run_gradients_kernel[(triton.cdiv(walk.num_runs, TILE), walk.batch * walk.heads)](
-        *runs, *grads, walk.num_runs, *rows, **walk.sizes(), **walk.row_sizes(), BLOCKS=BLOCKS, num_warps=4
+        *runs, *grads, walk.num_runs, *rows, **walk.sizes(), **walk.row_sizes(), BLOCKS=BLOCKS
     )
     return Pool(*(grad[0] for grad in grads))
 

@@ -35,7 +35,7 @@ def query_gradient(
             *walk.arguments(near, inside, pools),
             **walk.sizes(),
             **walk.list_sizes(),
-            num_warps=1,
+            num_warps=max(1, min(4, walk.row_bytes // 128)),
             num_stages=2,
         )
     return grad, delta

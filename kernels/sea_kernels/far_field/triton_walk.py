@@ -46,6 +46,7 @@ class Walk:
         self.query, self.key, self.value, self.centre = query, key, value, centre.contiguous()
         self.batch, self.heads, self.num_queries, self.head_dim = query.shape
         self.groups, self.num_keys, self.value_dim = value.shape[1:]
+        self.row_bytes = max(self.head_dim, self.value_dim) * query.itemsize
         self.causal, self.scaling, self.spans = causal, scaling, item_spans(attention_mask)
         self.looks_twice = isinstance(kept, RunMask)
         self.bins = coarse if self.looks_twice else kept
@@ -133,9 +134,15 @@ class Walk:
         }
 
     def row_sizes(self) -> dict:
-        """Constants of the kernels that sum over rows; wider rows are fewer at a time."""
-        row_bytes = max(self.head_dim, self.value_dim) * self.query.itemsize
-        return {"SLOTS": self.near.slots, "ROWS": max(16, min(64, 16384 // row_bytes)), "TILE": TILE}
+        """Constants and launch parameters of the kernels that sum over rows; wider rows are fewer at a time."""
+        half = self.query.itemsize == 2
+        return {
+            "SLOTS": self.near.slots,
+            "ROWS": max(16, min(64, 8192 // self.row_bytes)),
+            "TILE": TILE,
+            "num_warps": 4,
+            "maxnreg": 128 if half else None,  # a few spilled registers cost less than idle warps
+        }
 
     def list_sizes(self) -> dict:
         """Constants of the kernels that walk lists."""
