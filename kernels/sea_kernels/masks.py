@@ -79,6 +79,13 @@ def group_leaders(spans: RowSpans, stride: int) -> Tensor:
     return torch.where(spans.length > 0, torch.maximum(leader, first), row)
 
 
+def mask_of_heads(mask: BinMask | RunMask, heads: slice) -> BinMask | RunMask:
+    """The mask of some query heads."""
+    if isinstance(mask, BinMask):
+        return replace(mask, bits=mask.bits[:, heads])
+    return replace(mask, starts=mask.starts[:, heads])
+
+
 def take_rows(tensor: Tensor, rows: Tensor) -> Tensor:
     """Rows ``rows [N, T]`` of ``tensor [N, H, T, C]``."""
     return tensor.gather(2, rows[:, None, :, None].expand(-1, tensor.shape[1], -1, tensor.shape[3]))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sea_kernels import far_field_attention, pooled_selection, second_look, triton_entries
-from sea_kernels.far_field import reference, triton_pooled_grad
+from sea_kernels.far_field import reference, triton_key_grad, triton_pooled_grad
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = "query", "key", "value", "centre"
@@ -66,8 +66,9 @@ def test_grouped_heads_after_a_second_look(random_qkv):
 
 def test_one_look_in_several_launches_and_partial_sums(random_qkv, monkeypatch):
     monkeypatch.setattr(triton_entries, "LIST_BYTES", 1)
+    monkeypatch.setattr(triton_key_grad, "LIST_BYTES", 1)
     monkeypatch.setattr(triton_pooled_grad, "SPLIT_ROWS", 24)
-    tensors = [x.float() for x in random_qkv(batch=1, heads=2, groups=1, queries=63, width=4)]
+    tensors = [x.float() for x in random_qkv(batch=1, heads=2, groups=2, queries=63, width=4)]
     assert_same(tensors, looks=1)
 
 

@@ -167,7 +167,7 @@ def _pool_gradients_kernel(
     b_k = load_columns(K + item * k_item + group * k_head, first + o_key, m_key, k_row, HEAD_DIM, HEAD_PADDED)
     b_v = load_columns(V + item * v_item + group * v_head, first + o_key, m_key, v_row, VALUE_DIM, VALUE_PADDED)
     b_k, b_v = b_k.to(tl.float32), b_v.to(tl.float32)
-    kept = item_group * num_keys + o_key
+    kept = item_group * num_keys + first + o_key
     grad_k = load_columns(KEPT_K, kept, m_key, HEAD_DIM, HEAD_DIM, HEAD_PADDED)
     grad_v = load_columns(KEPT_V, kept, m_key, VALUE_DIM, VALUE_DIM, VALUE_PADDED)
     narrowest = aligned_level(begin_key + 1, num_levels, NUM_BINS)  # of the widths whose K bins reach the tile
@@ -190,8 +190,8 @@ def _pool_gradients_kernel(
             )  # fmt: skip
         p_centre = GRAD_CENTRE + ((item * tl.num_programs(0) + tl.program_id(0)) * heads + head) * HEAD_DIM + o_dim
         tl.store(p_centre, grad_centre, mask=o_dim < HEAD_DIM)
-    _store_keys(GRAD_K, grad_k, item_group * num_keys + first + o_key, m_key, HEAD_DIM, HEAD_PADDED)
-    _store_keys(GRAD_V, grad_v, item_group * num_keys + first + o_key, m_key, VALUE_DIM, VALUE_PADDED)
+    _store_keys(GRAD_K, grad_k, kept, m_key, HEAD_DIM, HEAD_PADDED)
+    _store_keys(GRAD_V, grad_v, kept, m_key, VALUE_DIM, VALUE_PADDED)
 
 
 @triton.jit

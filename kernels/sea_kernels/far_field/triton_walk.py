@@ -48,7 +48,7 @@ class Walk:
         self.groups, self.num_keys, self.value_dim = value.shape[1:]
         self.row_bytes = max(self.head_dim, self.value_dim) * query.itemsize
         self.causal, self.scaling, self.spans = causal, scaling, item_spans(attention_mask)
-        self.looks_twice = isinstance(kept, RunMask)
+        self.kept, self.looks_twice = kept, isinstance(kept, RunMask)
         self.bins = coarse if self.looks_twice else kept
         self.bits = self.bins.bits.contiguous()
         self.levels = count_levels(self.num_keys, self.bins.num_bins)
