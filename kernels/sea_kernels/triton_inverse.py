@@ -73,7 +73,8 @@ class InverseLists:
                 part.packed, part.meta, counts, *place, *sizes, TILE=ENTRIES_AT_ONCE, num_warps=4
             )
         dtype = torch.int32 if heads * bound < 2**31 else torch.int64
-        starts = torch.zeros(len(counts) + 1, dtype=dtype, device=device)
+        starts = torch.empty(len(counts) + 1, dtype=dtype, device=device)
+        starts[:1].zero_()
         torch.cumsum(counts, 0, dtype=dtype, out=starts[1:])
         rows = torch.empty(heads * bound, dtype=torch.int32, device=device)
         flags = {"ROWS": BLOCK_ROWS, "UNIT_BITS": UNIT_BITS, "TILE": ENTRIES_AT_ONCE}

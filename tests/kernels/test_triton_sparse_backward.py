@@ -67,8 +67,9 @@ def assert_gradients(query, key, value, mask, *, causal, attention_mask=None, ro
 
 
 def random_scale(query):
-    """Factors of rows, some of them 0."""
-    scale = torch.rand(query.shape[:3], generator=torch.Generator().manual_seed(2))
+    """Factors of rows, some of them 0, in the memory order of a layer that computes them from rows of all heads."""
+    batch, heads, queries, _ = query.shape
+    scale = torch.rand(batch, queries, heads, generator=torch.Generator().manual_seed(2)).transpose(1, 2)
     return scale.masked_fill(scale < 0.1, 0).to(query.dtype)
 
 

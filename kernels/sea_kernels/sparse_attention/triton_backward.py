@@ -49,12 +49,14 @@ def sparse_attention_backward(
     """
     spans = item_spans(attention_mask)
     query, key, value, grad_output = (with_dense_rows(x) for x in (query, key, value, grad_output))
-    row_scale = None if row_scale is None else row_scale.contiguous()
+    delta = torch.empty_like(log_sum)
+    grad_query, grad_scale = torch.empty_like(query), None
+    if row_scale is not None:
+        grad_scale = torch.empty_like(row_scale, memory_format=torch.contiguous_format)
+        row_scale = row_scale.float().contiguous()  # loads of two bytes cannot be pipelined
     # No program visits keys of padding.
     empty_like = torch.empty_like if spans is None else torch.zeros_like
-    grad_query, grad_scale = torch.empty_like(query), None if row_scale is None else torch.empty_like(row_scale)
     grad_key, grad_value = empty_like(key), empty_like(value)
-    delta = torch.empty_like(log_sum)
     members = query.shape[1] // key.shape[1]
     with on_device(query):
         for groups in _slices(mask, key.shape, members):
@@ -109,7 +111,8 @@ def _differentiate_queries(
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
     relative = lists.relative
-    wide = max(head_dim, value_dim) * query.dtype.itemsize > 256
+    row_bytes = max(head_dim, value_dim) * query.dtype.itemsize
+    wide = row_bytes > 256
     _query_kernel[(entries.meta.shape[1], batch * heads)](
         query,
         key,
@@ -154,7 +157,7 @@ def _differentiate_queries(
         RELATIVE=relative,
         HAS_SHIFT=relative and lists.mask.shift != 0,
         PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-        num_warps=1 if max(head_dim, value_dim) <= 128 else 2,
+        num_warps=1 if row_bytes <= 128 else 2 if row_bytes <= 256 else 4,
         num_stages=2 if wide else 3,
     )
 
@@ -248,7 +251,7 @@ def _query_kernel(
     mean = tl.zeros([ROWS], tl.float32)  # of the products with the gradient: the gradient of the row's factor
     factor = tl.zeros([ROWS], tl.float32) + 1.0
     if HAS_SCALE:
-        factor = tl.load(ROW_SCALE + row_place, mask=m_row, other=0.0).to(tl.float32)
+        factor = tl.load(ROW_SCALE + row_place, mask=m_row, other=0.0)
     for step in range(0, count_steps(count, width, TILE, RELATIVE)):
         o_key, keep = visit(
             ENTRIES,

@@ -40,7 +40,7 @@ def differentiate_keys(
         grad_output: ``[N, H, T, E]``.
         log_sum: float32 ``[N, H, T]``, log2 of the sum of each row's exponentiated scores.
         delta: float32 ``[N, H, T]``, product of grad_output and output; strides as of log_sum.
-        row_scale: ``[N, H, T]``, factor of the output, or None; strides as of log_sum.
+        row_scale: float32 ``[N, H, T]``, factor of the output, or None; strides as of log_sum.
         key: ``[N, G, S, D]``.
         value: ``[N, G, S, E]``.
         grad_key: like key.
@@ -62,35 +62,43 @@ def differentiate_keys(
         "HEAD_PADDED": max(16, triton.next_power_of_2(head_dim)),
         "VALUE_PADDED": max(16, triton.next_power_of_2(value_dim)),
         "KEYS": TILE_KEYS,
+        "UNIT_BITS": UNIT_BITS,
         "CAUSAL": lists.causal,
         "HAS_PADDING": lists.spans is not None,
         "HAS_SCALE": row_scale is not None,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
-    options |= _launch_config(query.dtype, max(head_dim, value_dim))
+    options |= _launch_config(max(head_dim, value_dim) * query.dtype.itemsize)
     grid = (batch * groups * tiles,)
     if lists.relative:
         mask = lists.mask
-        _relative_kernel[grid](
-            *args, lists.source, mask.shift, **options, NUM_BINS=mask.num_bins, HAS_SHIFT=mask.shift != 0
-        )
+        options |= {"NUM_BINS": mask.num_bins, "RELATIVE": True, "HAS_SHIFT": mask.shift != 0}
+        _key_kernel[grid](*args, *[None] * 6, 0, 0, 1, 0, lists.source, mask.shift, **options, EXTRA=False)
         return
     inverse = InverseLists(lists, entries)
     parts = cut_tiles(inverse, num_keys, TILE_KEYS, batch * heads, heads // groups)
     sums = log_sum.new_empty(len(parts.tile), TILE_KEYS, head_dim + value_dim)
     args += [inverse.rows, inverse.offsets, parts.size, parts.ends, parts.tile, sums, grid[0]]
-    args += [inverse.first_level, inverse.levels, inverse.units]
-    options["UNIT_BITS"] = UNIT_BITS
+    args += [inverse.first_level, inverse.levels, inverse.units, None, 0]
+    options |= {"NUM_BINS": 32, "RELATIVE": False, "HAS_SHIFT": False}
     if len(parts.tile):
-        _listed_kernel[len(parts.tile),](*args, **options, EXTRA=True)
-    _listed_kernel[grid](*args, **options, EXTRA=False)
+        _key_kernel[len(parts.tile),](*args, **options, EXTRA=True)
+    _key_kernel[grid](*args, **options, EXTRA=False)
 
 
-def _launch_config(dtype: torch.dtype, width: int) -> dict:
-    """Rows at a time and launch parameters: two tiles of rows per stage must fit, and the sums into registers."""
-    wide = width * dtype.itemsize > 256
-    warps = 1 if width <= 64 else 2 if width <= 128 else 4
-    return {"ROWS": 16 if wide else 32, "num_warps": warps, "num_stages": 2 if wide else 3}
+def _launch_config(row_bytes: int) -> dict:
+    """Launch parameters for the wider of query and value: the sums of a tile must fit into registers."""
+    warps = 1 if row_bytes <= 128 else 2 if row_bytes <= 256 else 4
+    # Rows are gathered through a list: it takes five stages to have two of them under way.
+    return {"ROWS": 16, "num_warps": warps, "num_stages": 5 if row_bytes <= 256 else 3}
+
+
+@triton.jit
+def _seeing_rows(first_key, num_queries, num_keys, first, real, CAUSAL: tl.constexpr):
+    """Begin and end of the rows that may see keys from ``first_key`` on."""
+    offset = first - (num_keys - num_queries)  # row of the first real key
+    start = tl.maximum(first_key + offset if CAUSAL else offset, 0)
+    return start, tl.where(first_key < real, tl.minimum(real + offset, num_queries), start)
 
 
 @triton.jit
@@ -129,7 +137,7 @@ def _add_rows(
     products = tl.dot(b_v, tl.trans(b_grad), input_precision=PRECISION)
     shares = weights
     if HAS_SCALE:
-        factor = tl.load(ROW_SCALE + rows, mask=m_rows, other=0.0).to(tl.float32)[None, :]
+        factor = tl.load(ROW_SCALE + rows, mask=m_rows, other=0.0)[None, :]
         products *= factor
         shares *= factor
     grad_v += tl.dot(shares.to(b_grad.dtype), b_grad, input_precision=PRECISION)
@@ -149,9 +157,10 @@ def _add_rows(
         "first_level",
         "levels",
         "units",
+        "shift",
     ]
 )
-def _listed_kernel(
+def _key_kernel(
     Q,
     K,
     V,
@@ -199,24 +208,30 @@ def _listed_kernel(
     first_level,
     levels,
     units,
+    BITS,
+    shift,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
     VALUE_PADDED: tl.constexpr,
     KEYS: tl.constexpr,
     ROWS: tl.constexpr,
+    NUM_BINS: tl.constexpr,
     UNIT_BITS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     HAS_SCALE: tl.constexpr,
+    RELATIVE: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
     EXTRA: tl.constexpr,
 ):
     """Sums of the first part of every tile, plus those of its extra parts, which ``EXTRA`` programs left in SUMS."""
     program = tl.program_id(0)
-    size = tl.load(PART_SIZE)
-    place, low = program, size * 0
-    high = size
+    place = program
+    if RELATIVE == 0:
+        size = tl.load(PART_SIZE)
+        low, high = size * 0, size
     if EXTRA:
         place = tl.load(PART_TILE + program).to(tl.int32)
         exists = place < all_tiles
@@ -236,24 +251,34 @@ def _listed_kernel(
     grad_k = tl.zeros([KEYS, HEAD_PADDED], tl.float32)
     grad_v = tl.zeros([KEYS, VALUE_PADDED], tl.float32)
     seen = item_group * 0  # rows in the lists so far
-    for segment in range(0, members * levels):
+    for segment in range(0, members * levels):  # one level only in the relative layout
         head = group * members + segment // levels
         level = first_level + segment % levels
         item_head = item_group * members + segment // levels
-        begin, end = tile_range(OFFSETS, item_head, level, tile * KEYS, first_level, levels, units, KEYS)
-        start = begin + tl.maximum(low - seen, 0)
-        stop = tl.minimum(end, begin + (high - seen))
-        seen += end - begin
+        if RELATIVE:
+            start, stop = _seeing_rows(tile * KEYS, num_queries, num_keys, first, real, CAUSAL)
+        else:
+            begin, end = tile_range(OFFSETS, item_head, level, tile * KEYS, first_level, levels, units, KEYS)
+            start = begin + tl.maximum(low - seen, 0)
+            stop = tl.minimum(end, begin + (high - seen))
+            seen += end - begin
         steps = ((tl.maximum(stop - start, 0) + ROWS - 1) // ROWS).to(tl.int32)
         row_place = item * r_item + head * r_head
         for step in range(0, steps):
             o_list = start + step * ROWS + tl.arange(0, ROWS)
             m_list = o_list < stop
-            element = tl.load(LISTED + o_list, mask=m_list, other=0)
-            rows = element >> UNIT_BITS
+            rows = o_list
+            if RELATIVE == 0:
+                element = tl.load(LISTED + o_list, mask=m_list, other=0)
+                rows = element >> UNIT_BITS
             _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
-            same_unit = (((o_key >> level)[:, None] ^ element[None, :]) & ((1 << UNIT_BITS) - 1)) == 0
-            keep = same_unit & m_list[None, :] & (o_key[:, None] < length[None, :])
+            keep = m_list[None, :] & (o_key[:, None] < length[None, :])  # [KEYS, ROWS]
+            if RELATIVE:
+                index = relative_bin(o_key[:, None], length[None, :], shift, NUM_BINS, HAS_SHIFT)
+                p_word = BITS + (item_head * num_queries + rows)[None, :] * (NUM_BINS // 32) + (index >> 5)
+                keep = keep & (((tl.load(p_word, mask=keep, other=0) >> (index & 31)) & 1) != 0)
+            else:  # the unit that the row keeps is the key's
+                keep = keep & ((((o_key >> level)[:, None] ^ element[None, :]) & ((1 << UNIT_BITS) - 1)) == 0)
             grad_k, grad_v = _add_rows(
                 Q + item * q_item + head * q_head,
                 GRAD_OUT + item * g_item + head * g_head,
@@ -284,123 +309,14 @@ def _listed_kernel(
         tl.store(SUMS + o_sum + o_dim, grad_k, mask=m_k)
         tl.store(SUMS + o_sum + HEAD_DIM + o_value, grad_v, mask=m_v)
     else:
-        extra = tl.load(PART_ENDS + place)
-        p_sum = SUMS + extra.to(tl.int64) * (KEYS * WIDTH) + o_sum
-        for _ in range(extra, tl.load(PART_ENDS + place + 1)):
-            grad_k += tl.load(p_sum + o_dim, mask=m_k, other=0.0)
-            grad_v += tl.load(p_sum + HEAD_DIM + o_value, mask=m_v, other=0.0)
-            p_sum += KEYS * WIDTH
+        if RELATIVE == 0:
+            extra = tl.load(PART_ENDS + place)
+            p_sum = SUMS + extra.to(tl.int64) * (KEYS * WIDTH) + o_sum
+            for _ in range(extra, tl.load(PART_ENDS + place + 1)):
+                grad_k += tl.load(p_sum + o_dim, mask=m_k, other=0.0)
+                grad_v += tl.load(p_sum + HEAD_DIM + o_value, mask=m_v, other=0.0)
+                p_sum += KEYS * WIDTH
         p_k = GRAD_K + item * gk_item + group * gk_head + key_row * gk_row + o_dim
         tl.store(p_k, (grad_k * scaling).to(GRAD_K.dtype.element_ty), mask=m_k)
         p_v = GRAD_V + item * gv_item + group * gv_head + key_row * gv_row + o_value
         tl.store(p_v, grad_v.to(GRAD_V.dtype.element_ty), mask=m_v)
-
-
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "tiles", "scale", "scaling", "shift"])
-def _relative_kernel(
-    Q,
-    K,
-    V,
-    GRAD_OUT,
-    GRAD_K,
-    GRAD_V,
-    LOG_SUM,
-    DELTA,
-    ROW_SCALE,
-    SPANS,
-    q_item,
-    q_head,
-    q_row,
-    k_item,
-    k_head,
-    k_row,
-    v_item,
-    v_head,
-    v_row,
-    g_item,
-    g_head,
-    g_row,
-    gk_item,
-    gk_head,
-    gk_row,
-    gv_item,
-    gv_head,
-    gv_row,
-    r_item,
-    r_head,
-    groups,
-    members,
-    num_queries,
-    num_keys,
-    tiles,
-    scale,
-    scaling,
-    BITS,
-    shift,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    HEAD_PADDED: tl.constexpr,
-    VALUE_PADDED: tl.constexpr,
-    KEYS: tl.constexpr,
-    ROWS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    NUM_BINS: tl.constexpr,
-    HAS_SHIFT: tl.constexpr,
-):
-    item_group, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    item, group = item_group // groups, item_group % groups
-    first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
-    o_key = tile * KEYS + tl.arange(0, KEYS)
-    m_key = (o_key < real)[:, None]
-    o_dim, o_value = tl.arange(0, HEAD_PADDED)[None, :], tl.arange(0, VALUE_PADDED)[None, :]
-    m_k, m_v = m_key & (o_dim < HEAD_DIM), m_key & (o_value < VALUE_DIM)
-    key_row = (first + o_key).to(tl.int64)[:, None]
-    b_k = tl.load(K + item * k_item + group * k_head + key_row * k_row + o_dim, mask=m_k, other=0.0)  # [KEYS, HEAD]
-    b_v = tl.load(V + item * v_item + group * v_head + key_row * v_row + o_value, mask=m_v, other=0.0)
-    grad_k = tl.zeros([KEYS, HEAD_PADDED], tl.float32)
-    grad_v = tl.zeros([KEYS, VALUE_PADDED], tl.float32)
-    offset = first - (num_keys - num_queries)  # row of the first real key
-    first_row = tl.maximum(tile * KEYS + offset, 0) if CAUSAL else tl.maximum(offset, 0)
-    last_row = tl.where(tile * KEYS < real, tl.minimum(real + offset, num_queries), first_row)
-    for member in range(0, members):
-        head = group * members + member
-        row_place = item * r_item + head * r_head
-        for begin in range(first_row, last_row, ROWS):
-            rows = begin + tl.arange(0, ROWS)
-            m_rows = rows < last_row
-            _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
-            m_keep = m_rows[None, :] & (o_key[:, None] < length[None, :])
-            index = relative_bin(o_key[:, None], length[None, :], shift, NUM_BINS, HAS_SHIFT)  # [KEYS, ROWS]
-            p_word = BITS + ((item_group * members + member) * num_queries + rows)[None, :] * (NUM_BINS // 32)
-            word = tl.load(p_word + (index >> 5), mask=m_keep, other=0)
-            keep = m_keep & (((word >> (index & 31)) & 1) != 0)
-            grad_k, grad_v = _add_rows(
-                Q + item * q_item + head * q_head,
-                GRAD_OUT + item * g_item + head * g_head,
-                LOG_SUM + row_place,
-                DELTA + row_place,
-                ROW_SCALE + row_place if HAS_SCALE else ROW_SCALE,
-                rows,
-                m_rows,
-                keep,
-                b_k,
-                b_v,
-                grad_k,
-                grad_v,
-                q_row,
-                g_row,
-                scale,
-                HEAD_DIM,
-                VALUE_DIM,
-                HEAD_PADDED,
-                VALUE_PADDED,
-                HAS_SCALE,
-                PRECISION,
-            )
-    p_k = GRAD_K + item * gk_item + group * gk_head + key_row * gk_row + o_dim
-    tl.store(p_k, (grad_k * scaling).to(GRAD_K.dtype.element_ty), mask=m_k)
-    p_v = GRAD_V + item * gv_item + group * gv_head + key_row * gv_row + o_value
-    tl.store(p_v, grad_v.to(GRAD_V.dtype.element_ty), mask=m_v)
