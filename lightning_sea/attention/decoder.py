@@ -15,9 +15,13 @@ class CausalDecoder(nn.Module):
     ``subpixel`` lets the last 1 x 1 convolution emit four scores per column; otherwise (the paper's nearest
     upsampling, with which a 1 x 1 convolution commutes) one score is repeated four times.
 
+    Images are kept channels-last, in the dtype that autocast gives to products.
+
     Args:
         pooled: whether normalised pooled scores enter as four more channels per head.
     """
+
+    look_back = 4 * _DILATION  # rows before its own that a row's scores depend on
 
     def __init__(self, num_heads: int, head_dim: int, num_bins: int, *, subpixel: bool, pooled: bool) -> None:
         super().__init__()
@@ -33,25 +37,48 @@ class CausalDecoder(nn.Module):
         if pooled:  # start as a correction of zero: an untrained decoder must not disturb the pooled scores
             nn.init.zeros_(self.out_norm.weight)
 
-    def forward(self, encoded: Tensor, pooled: Tensor | None, real_rows: Tensor, start: Tensor) -> Tensor:
-        """Scores.
+    def forward(
+        self, encoded: Tensor, pooled: Tensor | None, real_rows: Tensor, start: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
+        """Scores ``[N, H, T, K]``, or ``[N, H, R, K]`` of ``rows`` alone.
 
         Args:
             encoded: ``[N, H, T, 2D]``.
             pooled: ``[N, H, T, K]``, normalised over K, or None.
             real_rows: bool ``[N, T]``.
             start: unused here: causal convolutions do not care where an item starts.
+            rows: int64 ``[N, R]``, rows to score; None for all. Worth its gathers if R is a fourth of T or less.
         """
-        real = real_rows[:, None, :, None]
-        image = self.norm(self.rows(encoded).unflatten(-1, (2, self.width)))  # [N, H, T, 2, W]
-        image = image.transpose(2, 3).flatten(1, 2)  # [N, 2H, T, W]
-        if pooled is not None:
-            image = torch.cat([image, _to_channels(pooled, 4).to(image.dtype)], dim=1)
-        image = F.relu(self.first(_look_back(image * real)))
-        image = F.relu(self.second(_look_back(image * real)))
+        image = self._image(encoded, pooled, real_rows)
+        image = self._convolve(image, real_rows) if rows is None else self._convolve_rows(image, real_rows, rows)
         scores = self.mix(image)
         scores = _from_channels(scores, 4) if self.subpixel else scores.repeat_interleave(4, dim=-1)
         return self.out_norm(scores)
+
+    def _image(self, encoded: Tensor, pooled: Tensor | None, real_rows: Tensor) -> Tensor:
+        """Channels of the first convolution, zero in padding rows: ``[N, 2H or 6H, T, W]``."""
+        rows = self.rows(encoded).unflatten(-1, (2, self.width))  # [N, H, T, 2, W]
+        image = self.norm(rows).transpose(2, 3).flatten(1, 2)
+        if pooled is not None:
+            image = torch.cat([image, _to_channels(pooled, 4).to(image.dtype)], dim=1)
+        return _channels_last(image, rows.dtype) * real_rows[:, None, :, None]
+
+    def _convolve(self, image: Tensor, real_rows: Tensor) -> Tensor:
+        image = F.relu(self.first(_look_back(image)))
+        return F.relu(self.second(_look_back(image * real_rows[:, None, :, None])))
+
+    def _convolve_rows(self, image: Tensor, real_rows: Tensor, rows: Tensor) -> Tensor:
+        """As ``_convolve`` for the rows ``rows [N, R]``, each from the five rows that it depends on."""
+        taps = rows[..., None] - _DILATION * torch.arange(4, -1, -1, device=rows.device)  # [N, R, 5]
+        index = taps.clamp_min(0).flatten(1)
+        real = (real_rows.gather(1, index) & (taps >= 0).flatten(1)).view(-1, 1, 5, 1)
+        image = image.gather(2, index[:, None, :, None].expand(-1, image.shape[1], -1, image.shape[3]))
+        image = image.unflatten(2, (-1, 5)).transpose(1, 2).flatten(0, 1)  # [N * R, channels, 5, W]
+        image = _channels_last(image, image.dtype)
+        wide = {"padding": (0, _DILATION), "dilation": (1, _DILATION)}
+        image = F.relu(F.conv2d(image * real, self.first.weight, self.first.bias, **wide))
+        image = F.relu(F.conv2d(image * real[:, :, 2:], self.second.weight, self.second.bias, **wide))
+        return image.squeeze(2).unflatten(0, rows.shape).transpose(1, 2)
 
 
 class BidirectionalDecoder(nn.Module):
@@ -84,12 +111,16 @@ class BidirectionalDecoder(nn.Module):
     def _convolve(self, image: Tensor, real_rows: Tensor) -> Tensor:
         real = real_rows[:, None, :, None].to(image.dtype)
         half = F.max_pool2d(real, (2, 1), ceil_mode=True)
-        image = F.relu(self.first(image * real))
+        image = F.relu(self.first(_channels_last(image, image.dtype) * real))
         image = F.relu(self.second(image * half))
         image = (image * half).repeat_interleave(2, dim=2)[:, :, : real.shape[2]]
         scores = self.last(image * real)
         scores = F.interpolate(scores.flatten(1, 2), scale_factor=2.0, mode="linear", align_corners=False)
         return scores.unflatten(1, (self.num_heads, -1))
+
+
+def _channels_last(image: Tensor, dtype: torch.dtype) -> Tensor:
+    return image.to(dtype, memory_format=torch.channels_last)
 
 
 def _look_back(image: Tensor) -> Tensor:

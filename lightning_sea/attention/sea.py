@@ -3,11 +3,13 @@
 The method in one file, in the order in which it runs; the parts lie beside it.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 
 import sea_kernels as ops
-from sea_kernels.masks import BinMask, RunMask, share_bins
+from sea_kernels.masks import BinMask, RunMask, share_bins, take_rows
 from sea_kernels.spans import RowSpans, row_spans
 
 from ..config import SEAConfig
@@ -18,6 +20,7 @@ from .estimate import Estimate, log_probabilities
 from .features import RandomFeatures
 from .gates import EncodedGates, QueryGates
 from .positions import SinusoidPositions, stretched_identity
+from .rows import leading_rows, rows_at_once, spans_of_rows
 
 
 class SEAAttention(nn.Module):
@@ -133,23 +136,26 @@ class SEAAttention(nn.Module):
         self._check_cache(query.shape[2], key.shape[2])
         shift = self._draw_shift()
         place = {"scaling": scaling, "causal": self.causal, "attention_mask": attention_mask}
-        encoded = scores = None
+        linear_context = None
         if self.config.decoder == "conv":
-            encoded = self._encode(query, key, value, spans, **place)
-        if with_scores or not self._selects_from_keys():
-            pooled = self._pooled_scores(query, key, shift=shift, **place)
-            scores = self._scores(encoded, pooled, spans)
-        if self._selects_from_keys():
-            mask = self._select_from_keys(query, key, **place)
-        else:
-            mask = self._select_from_scores(scores.detach(), spans, key.shape[2], shift, attention_mask)
+            linear_context = self._linear_context(query, key, value, spans, **place)
+        whole = with_scores or torch.is_grad_enabled() or not self.causal or linear_context is None
+        chunks = rows_at_once(query, self.config.predictor_length, whole)
+        estimated = [
+            self._estimate_rows(rows, query, key, value, linear_context, spans, shift, with_scores, **place)
+            for rows in chunks
+        ]
+        scores, masks, gates = zip(*estimated, strict=True)
+        mask = replace(masks[0], bits=torch.cat([part.bits for part in masks], 2)) if len(chunks) > 1 else masks[0]
+        if self.config.query_stride > 1 and not self._selects_from_keys():
+            mask = share_bins(mask, spans, self.config.query_stride, keep_own=self.config.keep_own)
         coarse = None
         if self.config.first_look_ratio > 1:
             coarse, mask = mask, self._look_twice(query, key, mask, **place)
         far = self.config.average_context == "far"
-        gates = () if far else self.gates(query if encoded is None else encoded)
+        gates = () if far else torch.cat(gates, -1)
         return Estimate(
-            scores=scores,
+            scores=scores[0] if with_scores else None,
             mask=mask,
             prob_scale=None if far else gates[0],
             mix_scale=gates[1] if len(gates) > 1 else None,
@@ -159,6 +165,46 @@ class SEAAttention(nn.Module):
             coarse=coarse,
             centre=self.centre if far else None,
         )
+
+    def _estimate_rows(
+        self,
+        rows: slice,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        linear_context: Tensor | None,
+        spans: RowSpans,
+        shift: int,
+        with_scores: bool,
+        *,
+        scaling: float,
+        causal: bool,
+        attention_mask: Tensor | None,
+    ) -> tuple[Tensor | None, BinMask, Tensor | None]:
+        """Scores, selected bins and gates of some rows: all of them, or a chunk of causal ones."""
+        lead = min(rows.start, self.decoder.look_back) if rows.start else 0  # rows that convolutions look back on
+        seen = slice(rows.start - lead, rows.stop)
+        num_keys = key.shape[2] - query.shape[2] + rows.stop
+        query, key, value = query[:, :, seen], key[:, :, :num_keys], value[:, :, :num_keys]
+        attention_mask = None if attention_mask is None else attention_mask[:, :num_keys]
+        place = {"scaling": scaling, "causal": causal, "attention_mask": attention_mask}
+        encoded = scores = gates = None
+        if linear_context is not None:
+            encoded = self._encode(linear_context[:, :, seen], value)
+        if with_scores or not self._selects_from_keys():
+            pooled = self._pooled_scores(query, key, shift=shift, **place)
+            skips = self.config.query_stride >= 4 and not with_scores and not torch.is_grad_enabled()
+            stride = self.config.query_stride if skips else 1  # 2 would save nothing: see the decoder
+            scores = self._scores(encoded, pooled, spans_of_rows(spans, seen), lead, stride)
+        if self._selects_from_keys():
+            mask = self._select_from_keys(query, key, **place)
+        else:
+            mask = self._select_from_scores(
+                scores.detach(), spans_of_rows(spans, rows), num_keys, shift, attention_mask
+            )
+        if self.config.average_context != "far":
+            gates = self.gates((query if encoded is None else encoded)[:, :, lead:])
+        return scores, mask, gates
 
     def redraw_projection(self, generator: torch.Generator | None = None) -> None:
         """Draw new random features, if the configuration has any; the same ``generator`` state on every rank."""
@@ -205,7 +251,7 @@ class SEAAttention(nn.Module):
             scores = scores + self.bound_weight[:, None, None] * bound
         return scores
 
-    def _encode(
+    def _linear_context(
         self,
         query: Tensor,
         key: Tensor,
@@ -216,14 +262,14 @@ class SEAAttention(nn.Module):
         causal: bool,
         attention_mask: Tensor | None,
     ) -> Tensor:
-        """Z: linear attention over values joined with positions, then the encoder. ``[N, H, T, 2D]``."""
+        """C: linear attention over values joined with positions. ``[N, H, T, 2D]``."""
         num_keys = key.shape[2]
         if causal:
             place = self.positions(num_keys, spans.start)
         else:
             place = stretched_identity(num_keys, self.head_dim, spans, spans.length.amax(-1))
         place = place[:, None].expand(-1, value.shape[1], -1, -1).to(value.dtype)
-        linear_context = ops.linear_attention(
+        return ops.linear_attention(
             query,
             key,
             torch.cat([place, value], dim=-1),
@@ -233,20 +279,32 @@ class SEAAttention(nn.Module):
             attention_mask=attention_mask,
             backend=self.config.backend,
         )
-        own_value = value[:, :, num_keys - query.shape[2] :].repeat_interleave(self.num_heads // value.shape[1], dim=1)
-        return self.encoder(linear_context, own_value)
 
-    def _scores(self, encoded: Tensor | None, pooled: Tensor | None, spans: RowSpans) -> Tensor:
-        """Y: the decoder's scores, the pooled scores, or their weighted sum. ``[N, H, T, K]``."""
+    def _encode(self, linear_context: Tensor, value: Tensor) -> Tensor:
+        """Z of rows whose values are the last of ``value``: ``[N, H, R, 2D]``."""
+        own_value = value[:, :, value.shape[2] - linear_context.shape[2] :]
+        return self.encoder(linear_context, own_value.repeat_interleave(self.num_heads // value.shape[1], dim=1))
+
+    def _scores(self, encoded: Tensor | None, pooled: Tensor | None, spans: RowSpans, lead: int, stride: int) -> Tensor:
+        """Y: the decoder's scores, the pooled scores, or their weighted sum, of the rows after the first ``lead``.
+
+        With a ``stride``, only rows that others share are decoded; the others get the scores of such a row, which
+        nobody looks at. ``[N, H, R, K]``.
+        """
         if encoded is None:
             return pooled
         normalised = None
         if pooled is not None:
             normalised = nn.functional.layer_norm(pooled, pooled.shape[-1:])
-        decoded = self.decoder(encoded, normalised, spans.length > 0, spans.start)
+        arguments = encoded, normalised, spans.length > 0, spans.start
+        if stride > 1:
+            leaders, place = leading_rows(spans_of_rows(spans, slice(lead, None)), stride)
+            decoded = take_rows(self.decoder(*arguments, leaders + lead), place)
+        else:
+            decoded = self.decoder(*arguments)[:, :, lead:]
         if pooled is None:
             return decoded
-        return self.decoder_weight[:, None, None] * decoded.float() + pooled
+        return self.decoder_weight[:, None, None] * decoded.float() + pooled[:, :, lead:]
 
     def _selects_from_keys(self) -> bool:
         """Whether pooled keys alone decide, every row and head for itself: then no scores need to be stored."""
@@ -275,7 +333,7 @@ class SEAAttention(nn.Module):
         config = self.config
         if config.grouping != "query":  # rows alone rank the same without
             scores = log_probabilities(scores, spans.length, config.bins)
-        mask = ops.select_bins(
+        return ops.select_bins(
             scores,
             k=config.k * config.first_look_ratio,
             causal=self.causal,
@@ -288,9 +346,6 @@ class SEAAttention(nn.Module):
             shift=shift,
             backend=config.backend,
         )
-        if config.query_stride > 1:
-            mask = share_bins(mask, spans, config.query_stride, keep_own=config.keep_own)
-        return mask
 
     def _look_twice(self, query: Tensor, key: Tensor, mask: BinMask, **place) -> RunMask:
         config = self.config

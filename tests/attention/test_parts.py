@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from lightning_sea.attention import SEAAttention, sea
+from lightning_sea.attention import SEAAttention, rows, sea
 from lightning_sea.attention.average import estimated_mean
 from lightning_sea.attention.decoder import BidirectionalDecoder, CausalDecoder
 from lightning_sea.attention.encoder import Encoder
@@ -219,3 +219,96 @@ def test_rows_of_a_stride_share_the_first_rows_bins(stride, grouping):
     assert torch.equal(shared.bits & alone.bits[:, :, leader], alone.bits[:, :, leader])
     extra = unpack_bits(shared.bits ^ alone.bits[:, :, leader], 32).sum(-1)
     assert (extra <= torch.arange(64) - leader).all()  # at most the keys since the group began
+
+
+def estimator(**options):
+    """A causal layer with convolutions in float64, where no rounding decides between bins, and inputs for it."""
+    torch.manual_seed(0)
+    options = {"k": 6, "predictor_length": 32, "decoder": "conv", "first_look_ratio": 1} | options
+    layer = SEAAttention(SEAConfig(**options), num_heads=4, num_kv_heads=2, head_dim=8, causal=True).double().eval()
+    if options.get("pooling") != "none":
+        torch.nn.init.ones_(layer.decoder.out_norm.weight)  # else the decoder says nothing at first
+    return layer, [torch.randn(3, heads, 70, 8, dtype=torch.float64) for heads in (4, 2, 2)]
+
+
+def padding_on_both_sides():
+    place = torch.arange(70)
+    return torch.stack([place >= 0, place >= 33, (place >= 5) & (place < 50)])
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"pooling": "none", "grouping": "causal_batch", "bins": "relative", "upsampling": "nearest"},
+        {"pooling": "mean_bound", "first_look_ratio": 2},
+        {"pooling": "mean", "query_stride": 2, "average_context": "none"},
+        {"pooling": "none", "query_stride": 4, "grouping": "causal_batch"},
+    ],
+)
+@torch.no_grad()
+def test_chunks_of_rows_estimate_what_all_rows_together_do(monkeypatch, options, masked):
+    layer, inputs = estimator(**options)
+    place = {"scaling": 0.4, "attention_mask": padding_on_both_sides() if masked else None}
+    context, whole = layer(*inputs, **place)
+    monkeypatch.setattr(rows, "CHUNK_SCORES", 1)
+    monkeypatch.setattr(rows, "LEAST_ROWS", 11)
+    calls = []
+    layer.decoder.register_forward_hook(lambda *_: calls.append(1))
+    chunked_context, chunked = layer(*inputs, with_scores=False, **place)
+    assert len(calls) == 7
+    assert chunked.scores is None
+    first, second = (estimate.mask if estimate.coarse is None else estimate.coarse for estimate in (whole, chunked))
+    assert torch.equal(first.bits, second.bits)
+    torch.testing.assert_close(chunked_context, context)
+
+
+def test_gradients_are_not_chunked(monkeypatch):
+    layer, inputs = estimator()
+    monkeypatch.setattr(rows, "LEAST_ROWS", 1)
+    monkeypatch.setattr(rows, "CHUNK_SCORES", 1)
+    calls = []
+    layer.decoder.register_forward_hook(lambda *_: calls.append(1))
+    layer(*inputs, scaling=0.4, with_scores=False)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_rows_decoded_alone_are_those_decoded_together(pooled):
+    torch.manual_seed(0)
+    decoder = CausalDecoder(2, 8, 32, subpixel=True, pooled=pooled).double()
+    torch.nn.init.ones_(decoder.out_norm.weight)
+    encoded, scores = torch.randn(2, 2, 30, 16).double(), torch.randn(2, 2, 30, 32).double()
+    real = torch.stack([torch.ones(30), torch.arange(30) >= 9]).bool()
+    chosen = torch.tensor([[0, 3, 8, 29], [9, 11, 12, 29]])
+    arguments = encoded, scores if pooled else None, real, torch.tensor([0, 9])
+    expected = decoder(*arguments).gather(2, chosen[:, None, :, None].expand(-1, 2, -1, 32))
+    torch.testing.assert_close(decoder(*arguments, chosen), expected)
+
+
+@pytest.mark.parametrize("first", [0, 3, 8])
+def test_leading_rows_by_hand(first):
+    mask = torch.tensor([[1] * 16, [0] * 5 + [1] * 11])
+    spans = rows.spans_of_rows(row_spans(2, 16, 16, causal=True, attention_mask=mask), slice(first, 16))
+    leaders, place = rows.leading_rows(spans, 4)
+    for item, start in enumerate((0, 5)):
+        for row in range(max(first, start), 16):
+            leader = start + (row - start) // 4 * 4
+            if leader >= first:
+                assert leaders[item, place[item, row - first]] + first == leader
+
+
+@pytest.mark.parametrize("kind", [CausalDecoder, BidirectionalDecoder])
+def test_convolutions_see_half_precision_in_channels_last_under_autocast(kind):
+    options = {"subpixel": True} if kind is CausalDecoder else {}
+    decoder = kind(2, 8, 32, pooled=True, **options)
+    seen = []
+    for convolution in (decoder.first, decoder.second):
+        convolution.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    pooled, encoded = torch.randn(1, 2, 9, 32), torch.randn(1, 2, 9, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        decoder(encoded, pooled, torch.ones(1, 9).bool(), torch.zeros(1).long())
+    assert len(seen) == 2
+    for image in seen:
+        assert image.dtype == torch.bfloat16
+        assert image.is_contiguous(memory_format=torch.channels_last)
