@@ -1,14 +1,15 @@
-"""Triton forward with the gradients of the PyTorch form, which runs again in chunks."""
+"""Gradients of the Triton forms: kernels for causal rows, the PyTorch form run again for bidirectional ones."""
 
 import torch
 from torch import Tensor
 
 from . import reference, triton
 from .state import LinearState
+from .triton_backward import causal_gradients
 
 
 class TritonCausal(torch.autograd.Function):
-    """Causal linear attention whose forward pass runs in Triton. The state goes in and out as two tensors."""
+    """Causal linear attention in Triton. The state goes in and out as two tensors."""
 
     @staticmethod
     def forward(
@@ -22,36 +23,29 @@ class TritonCausal(torch.autograd.Function):
         attention_mask: Tensor | None,
         scaling: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(query, key, value, key_value, key_sum, projection, attention_mask)
-        ctx.scaling = scaling
         state = None if key_value is None else LinearState(key_value, key_sum)
-        output, state = triton.causal(
-            query, key, value, projection, scaling=scaling, attention_mask=attention_mask, initial_state=state
-        )
+        options = {"scaling": scaling, "attention_mask": attention_mask, "initial_state": state}
+        output, state, normaliser = triton.causal(query, key, value, projection, **options)
+        ctx.save_for_backward(query, key, value, key_value, key_sum, projection, attention_mask, output, normaliser)
+        ctx.scaling = scaling
         return output, *state
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, projection, attention_mask = ctx.saved_tensors
-
-        def function(query, key, value, key_value, key_sum):
-            state = None if key_value is None else LinearState(key_value, key_sum)
-            output, state = reference.causal(
-                query,
-                key,
-                value,
-                projection,
-                scaling=ctx.scaling,
-                attention_mask=attention_mask,
-                initial_state=state,
-            )
-            return output, *state
-
-        return *_gradients(function, inputs, grads, ctx.needs_input_grad), None, None, None
+    def backward(ctx, grad_output: Tensor, *grad_state: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, key_value, key_sum, projection, attention_mask, *forward = ctx.saved_tensors
+        state = None if key_value is None else LinearState(key_value, key_sum)
+        options = {"scaling": ctx.scaling, "attention_mask": attention_mask, "initial_state": state}
+        *grads, grad_state = causal_gradients(
+            query, key, value, projection, *forward, grad_output, LinearState(*grad_state), **options
+        )
+        if state is not None:
+            grad_state = [grad.to(tensor.dtype) for grad, tensor in zip(grad_state, state, strict=True)]
+        found = zip((*grads, *grad_state), ctx.needs_input_grad, strict=False)
+        return *(grad if need else None for grad, need in found), None, None, None
 
 
 class TritonBidirectional(torch.autograd.Function):
-    """Bidirectional linear attention whose forward pass runs in Triton."""
+    """Bidirectional linear attention whose forward pass alone runs in Triton: such models read short inputs."""
 
     @staticmethod
     def forward(
@@ -63,20 +57,9 @@ class TritonBidirectional(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, projection, attention_mask = ctx.saved_tensors
-
-        def function(query, key, value):
-            return (reference.bidirectional(query, key, value, projection, attention_mask=attention_mask),)
-
-        return *_gradients(function, inputs, (grad_output,), ctx.needs_input_grad), None, None
-
-
-def _gradients(function, inputs: list[Tensor | None], grads: tuple[Tensor, ...], needed: tuple[bool, ...]) -> list:
-    """Gradients of ``function(*inputs)`` to the inputs that need one, None for the others."""
-    inputs = [None if tensor is None else tensor.detach() for tensor in inputs]
-    wanted = [tensor for tensor, need in zip(inputs, needed, strict=False) if need]
-    with torch.enable_grad():
-        for tensor in wanted:
-            tensor.requires_grad_()
-        outputs = function(*inputs)
-    found = iter(torch.autograd.grad(outputs, wanted, grads))
-    return [next(found) if need else None for need in needed[: len(inputs)]]
+        inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+        with torch.enable_grad():
+            output = reference.bidirectional(*inputs, projection, attention_mask=attention_mask)
+        grads = torch.autograd.grad(output, inputs, grad_output)
+        found = zip(grads, ctx.needs_input_grad, strict=False)
+        return *(grad if need else None for grad, need in found), None, None

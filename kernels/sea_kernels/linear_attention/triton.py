@@ -28,20 +28,19 @@ def causal(
     scaling: float,
     attention_mask: Tensor | None,
     initial_state: LinearState | None,
-) -> tuple[Tensor, LinearState]:
-    """See :func:`sea_kernels.linear_attention`. No gradients."""
+) -> tuple[Tensor, LinearState, Tensor]:
+    """See :func:`sea_kernels.linear_attention`; also returns the rows' normalisers, float32 ``[N, H, T]``."""
     batch, heads, num_queries, head_dim = query.shape
     groups, num_keys, value_dim = value.shape[1:]
     query, key, value, projection = (with_dense_rows(tensor) for tensor in (query, key, value, projection))
     spans = item_spans(attention_mask)
     output = query.new_empty(batch, heads, num_queries, value_dim)
+    normaliser = output.new_empty(batch, heads, num_queries, dtype=torch.float32)
     state = initial_state
     with on_device(query):
         for first, count in pieces(key, value, projection):
             before, state = segment_states(key, value, projection, spans, state, first, count)
-            block = block_size(query)
-            first_block = max(first * SEGMENT, num_keys - num_queries) // block
-            blocks = triton.cdiv(min((first + count) * SEGMENT, num_keys), block) - first_block
+            first_block, blocks = row_blocks(query, key, first, count)
             if blocks <= 0:
                 continue  # keys of the cache only
             causal_output_kernel[(blocks, heads, batch)](
@@ -51,6 +50,7 @@ def causal(
                 projection,
                 *before,
                 output,
+                normaliser,
                 spans,
                 *query.stride()[:3],
                 *key.stride()[:3],
@@ -63,13 +63,13 @@ def causal(
                 count,
                 scaling * head_dim**-0.25,
                 head_dim**-0.25,
-                BLOCK=block,
+                BLOCK=block_size(query),
                 SEGMENT=SEGMENT,
                 HAS_PADDING=spans is not None,
                 **feature_sizes(query, projection),
                 **value_sizes(value),
             )
-    return output, state
+    return output, state, normaliser
 
 
 def bidirectional(
@@ -122,6 +122,13 @@ def pieces(key: Tensor, value: Tensor, projection: Tensor) -> list[tuple[int, in
     return [(first, min(most, segments - first)) for first in range(0, segments, most)]
 
 
+def row_blocks(query: Tensor, key: Tensor, first: int, count: int) -> tuple[int, int]:
+    """First block and number of blocks of positions that hold queries in ``count`` segments from ``first`` on."""
+    block, num_keys = block_size(query), key.shape[2]
+    begin = max(first * SEGMENT, num_keys - query.shape[2]) // block
+    return begin, triton.cdiv(min((first + count) * SEGMENT, num_keys), block) - begin
+
+
 def segment_states(
     key: Tensor,
     value: Tensor,
@@ -137,20 +144,25 @@ def segment_states(
     """
     blocks = SEGMENT // block_size(key)
     sums = _sum_segments(key, value, projection, spans, first, count, blocks, None)
+    return sums, scan(sums, initial)
+
+
+def scan(sums: tuple[Tensor, ...], initial: LinearState | None, reverse: bool = False) -> LinearState:
+    """Replace sums over segments by the state before (``reverse``: after) each, return the state beyond all of them."""
     final = [tensor.new_empty(*tensor.shape[:2], *tensor.shape[3:]) for tensor in sums]
-    start = (None, None) if initial is None else initial
-    for tensor, before, after in zip(sums, start, final, strict=True):
-        size = after[0, 0].numel()
+    for tensor, start, end in zip(sums, initial or (None, None), final, strict=True):
+        size = end[0, 0].numel()
         scan_kernel[(triton.cdiv(size, 1024), tensor.shape[0] * tensor.shape[1])](
             tensor,
-            None if before is None else before.float().contiguous(),
-            after,
-            count,
+            None if start is None else start.float().contiguous(),
+            end,
+            tensor.shape[2],
             size,
             TILE=1024,
-            HAS_INITIAL=before is not None,
+            HAS_INITIAL=start is not None,
+            REVERSE=reverse,
         )
-    return tuple(sums), LinearState(*final)
+    return LinearState(*final)
 
 
 def _sum_segments(

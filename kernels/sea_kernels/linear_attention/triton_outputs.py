@@ -18,6 +18,7 @@ def causal_output_kernel(
     KEY_VALUE,
     KEY_SUM,
     OUT,
+    NORMALISER,
     SPANS,
     q_item,
     q_head,
@@ -99,7 +100,9 @@ def causal_output_kernel(
         total += tl.sum(b_fq * (b_sum + SUM_EPSILON)[None, :], 1)
 
     out = tl.where((length > 0)[:, None], acc / total[:, None], 0.0)
-    p_out = OUT + ((item * heads + head) * num_queries + rows)[:, None] * VALUE_DIM + o_value[None, :]
+    place = (item * heads + head) * num_queries + rows
+    tl.store(NORMALISER + place, total, mask=m_row)
+    p_out = OUT + place[:, None] * VALUE_DIM + o_value[None, :]
     tl.store(p_out, out.to(OUT.dtype.element_ty), mask=m_row[:, None] & m_value)
 
 

@@ -108,8 +108,20 @@ def state_kernel(
 
 
 @triton.jit(do_not_specialize=["segments", "size"])
-def scan_kernel(SUMS, INITIAL, FINAL, segments, size, TILE: tl.constexpr, HAS_INITIAL: tl.constexpr):
-    """Replace each segment's sum by the initial state and the sums before it; the whole sum goes to ``FINAL``."""
+def scan_kernel(
+    SUMS,
+    INITIAL,
+    FINAL,
+    segments,
+    size,
+    TILE: tl.constexpr,
+    HAS_INITIAL: tl.constexpr,
+    REVERSE: tl.constexpr,
+):
+    """Replace each segment's sum by the initial state and the sums before it; the whole sum goes to ``FINAL``.
+
+    REVERSE goes from the last segment to the first.
+    """
     place = tl.program_id(1).to(tl.int64)
     o_element = tl.program_id(0) * TILE + tl.arange(0, TILE)
     mask = o_element < size
@@ -117,7 +129,8 @@ def scan_kernel(SUMS, INITIAL, FINAL, segments, size, TILE: tl.constexpr, HAS_IN
     if HAS_INITIAL:
         total += tl.load(INITIAL + place * size + o_element, mask=mask, other=0.0)
     SUMS += place * segments * size
-    for segment in range(0, segments):
+    for step in range(0, segments):
+        segment = segments - 1 - step if REVERSE else step
         p_sum = SUMS + segment * size + o_element
         part = tl.load(p_sum, mask=mask, other=0.0)
         tl.store(p_sum, total, mask=mask)
