@@ -113,18 +113,21 @@ def test_a_state_continues_a_sequence(random_qkv, padding_mask, short_segments, 
         torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_gradients_match(random_qkv, padding_mask, short_segments, causal):
-    inputs = [x.float().to(DEVICE) for x in random_qkv(queries=70, width=8, value_width=12)]
-    projection = directions(20, 8)
-    state = ()
+@pytest.mark.parametrize(
+    ("causal", "queries", "keys", "padding"),
+    [(True, 70, 70, [(5, 0), (0, 0)]), (True, 40, 75, [(0, 7), (37, 0)]), (False, 40, 40, [(5, 0), (0, 0)])],
+)
+def test_gradients_match(random_qkv, padding_mask, short_segments, causal, queries, keys, padding):
+    inputs = [x.float() for x in random_qkv(queries=queries, keys=keys, width=8, value_width=12)]
+    projection, state = directions(20, 8), ()
     if causal:
         generator = torch.Generator().manual_seed(2)
-        state = [torch.rand(shape, generator=generator).to(DEVICE) for shape in ((2, 2, 20, 12), (2, 2, 20))]
-    options = {"causal": causal, "attention_mask": padding_mask(70, [(5, 0), (0, 0)]).to(DEVICE)}
+        state = [torch.rand(shape, generator=generator) for shape in ((2, 2, 20, 12), (2, 2, 20))]
+    mask = padding_mask(keys, padding)
+    options = {"causal": causal, "attention_mask": mask.to(DEVICE)}
     results = []
     for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        leaves = [x.detach().to(dtype).requires_grad_() for x in (*inputs, *state)]
+        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (*inputs, *state)]
         if causal:
             options |= {"initial_state": LinearState(*leaves[3:]), "return_state": True}
         output = linear_attention(*leaves[:3], projection, backend=backend, **options)
@@ -132,6 +135,21 @@ def test_gradients_match(random_qkv, padding_mask, short_segments, causal):
         results.append(torch.autograd.grad(sum((part * part.detach().cos()).sum() for part in parts), leaves))
     for got, expected in zip(*results, strict=True):
         assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
+    for gradient in results[0][1:3]:
+        assert (gradient.transpose(1, 2).cpu()[~mask] == 0).all()
+
+
+def test_half_precision_gradients_and_their_repetition(random_qkv, short_segments):
+    inputs = [x.half().to(DEVICE) for x in random_qkv(batch=1, heads=2, groups=1, queries=70, width=8, value_width=8)]
+    projection, results = directions(20, 8), []
+    for backend, dtype in (("reference", torch.float64), ("triton", torch.float16), ("triton", torch.float16)):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        output = linear_attention(*leaves, projection, causal=True, backend=backend)
+        results.append(torch.autograd.grad(output, leaves, output.detach().cos()))
+    for expected, got, again in zip(*results, strict=True):
+        assert got.dtype == torch.float16
+        assert (got.double() - expected).norm() <= 2e-3 * expected.norm()
+        assert torch.equal(got, again)
 
 
 def test_float64_has_no_kernel(random_qkv):

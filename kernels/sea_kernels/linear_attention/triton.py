@@ -36,11 +36,11 @@ def causal(
     spans = item_spans(attention_mask)
     output = query.new_empty(batch, heads, num_queries, value_dim)
     normaliser = output.new_empty(batch, heads, num_queries, dtype=torch.float32)
-    state = initial_state
+    state, block = initial_state, block_size(query)
     with on_device(query):
         for first, count in pieces(key, value, projection):
             before, state = segment_states(key, value, projection, spans, state, first, count)
-            first_block, blocks = row_blocks(query, key, first, count)
+            first_block, blocks = row_blocks(query, key, first, count, block)
             if blocks <= 0:
                 continue  # keys of the cache only
             causal_output_kernel[(blocks, heads, batch)](
@@ -63,7 +63,7 @@ def causal(
                 count,
                 scaling * head_dim**-0.25,
                 head_dim**-0.25,
-                BLOCK=block_size(query),
+                BLOCK=block,
                 SEGMENT=SEGMENT,
                 HAS_PADDING=spans is not None,
                 **feature_sizes(query, projection),
@@ -122,9 +122,9 @@ def pieces(key: Tensor, value: Tensor, projection: Tensor) -> list[tuple[int, in
     return [(first, min(most, segments - first)) for first in range(0, segments, most)]
 
 
-def row_blocks(query: Tensor, key: Tensor, first: int, count: int) -> tuple[int, int]:
+def row_blocks(query: Tensor, key: Tensor, first: int, count: int, block: int) -> tuple[int, int]:
     """First block and number of blocks of positions that hold queries in ``count`` segments from ``first`` on."""
-    block, num_keys = block_size(query), key.shape[2]
+    num_keys = key.shape[2]
     begin = max(first * SEGMENT, num_keys - query.shape[2]) // block
     return begin, triton.cdiv(min((first + count) * SEGMENT, num_keys), block) - begin
 

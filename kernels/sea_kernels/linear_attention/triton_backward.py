@@ -8,6 +8,8 @@ from . import triton as forward
 from .state import LinearState
 from .triton_gradients import gradient_state_kernel, key_gradient_kernel, query_gradient_kernel, row_kernel
 
+BLOCK = 32  # rows or keys per program
+
 
 def causal_gradients(
     query: Tensor,
@@ -44,8 +46,7 @@ def _row_factors(
     """1 / normaliser and e of every row (see ``triton_gradients.py``), float32 ``[N, H, T]``; 0 in padding rows."""
     batch, heads, num_queries, _ = output.shape
     factors = normaliser.new_empty(2, batch, heads, num_queries)
-    block = 32
-    row_kernel[(triton.cdiv(num_queries, block), heads, batch)](
+    row_kernel[(triton.cdiv(num_queries, BLOCK), heads, batch)](
         grad_output,
         output,
         normaliser,
@@ -54,7 +55,7 @@ def _row_factors(
         *grad_output.stride()[:3],
         num_queries,
         num_keys,
-        BLOCK=block,
+        BLOCK=BLOCK,
         HAS_PADDING=spans is not None,
         **forward.value_sizes(output),
     )
@@ -66,11 +67,11 @@ def _query_gradient(
 ) -> Tensor:
     query, key, value, projection, grad_output = inputs[:5]
     batch, heads, num_queries, head_dim = query.shape
-    num_keys, block = key.shape[2], forward.block_size(query)
+    num_keys = key.shape[2]
     grad = query.new_empty(query.shape)
     for first, count in forward.pieces(key, value, projection):
         before, state = forward.segment_states(key, value, projection, spans, state, first, count)
-        first_block, blocks = forward.row_blocks(query, key, first, count)
+        first_block, blocks = forward.row_blocks(query, key, first, count, BLOCK)
         if blocks <= 0:
             continue
         query_gradient_kernel[(blocks, heads, batch)](
@@ -90,7 +91,7 @@ def _query_gradient(
             count,
             scaling * head_dim**-0.25,
             head_dim**-0.25,
-            BLOCK=block,
+            BLOCK=BLOCK,
             SEGMENT=forward.SEGMENT,
             HAS_PADDING=spans is not None,
             **_sizes(query, value, projection),
@@ -105,11 +106,10 @@ def _key_gradients(
     query, key, value, projection, grad_output = inputs[:5]
     batch, heads, num_queries, head_dim = query.shape
     groups, num_keys = key.shape[1:3]
-    block = forward.block_size(query)
     grads = key.new_empty(key.shape), value.new_empty(value.shape)
     for first, count in reversed(forward.pieces(key, value, projection)):
         after, state = _gradient_states(inputs, scaling, state, first, count)
-        blocks = triton.cdiv(min(count * forward.SEGMENT, num_keys - first * forward.SEGMENT), block)
+        blocks = triton.cdiv(min(count * forward.SEGMENT, num_keys - first * forward.SEGMENT), BLOCK)
         key_gradient_kernel[(blocks, groups, batch)](
             *inputs,
             *after,
@@ -126,7 +126,7 @@ def _key_gradients(
             count,
             scaling * head_dim**-0.25,
             head_dim**-0.25,
-            BLOCK=block,
+            BLOCK=BLOCK,
             SEGMENT=forward.SEGMENT,
             HAS_PADDING=spans is not None,
             **_sizes(query, value, projection),
@@ -166,4 +166,4 @@ def _gradient_states(
 
 
 def _sizes(query: Tensor, value: Tensor, projection: Tensor) -> dict:
-    return forward.feature_sizes(query, projection) | forward.value_sizes(value) | {"num_warps": 8, "num_stages": 1}
+    return forward.feature_sizes(query, projection) | forward.value_sizes(value) | {"num_stages": 1}

@@ -286,7 +286,8 @@ def key_gradient_kernel(
     b_v = load_rows(p_v, m_key, VALUE_DIM, VALUE_PADDED)
     grad_k = tl.zeros([BLOCK, HEAD_PADDED], tl.float32)
     grad_v = tl.zeros([BLOCK, VALUE_PADDED], tl.float32)
-    left = BLOCKS - block % BLOCKS  # blocks of rows of this segment that see these keys
+    # Blocks of rows of this segment that see these keys.
+    left = tl.minimum(BLOCKS - block % BLOCKS, (num_keys + BLOCK - 1) // BLOCK - block)
     for step in range(0, heads_per_group * left):
         head = group * heads_per_group + step // left
         o_place = (block + step % left) * BLOCK + tl.arange(0, BLOCK)
