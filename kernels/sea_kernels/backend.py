@@ -1,6 +1,7 @@
 """Which implementation of an operation runs: an explicit choice never falls back to another."""
 
 import functools
+import importlib
 import importlib.util
 from typing import Literal
 
@@ -16,6 +17,12 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def has_triton() -> bool:
     """Whether the Triton package is installed (it is not on every platform)."""
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def has_gather() -> bool:
+    """Whether kernels can look up elements of a tile, which Triton 3.2 (with PyTorch 2.6) cannot."""
+    return has_triton() and hasattr(importlib.import_module("triton.language"), "gather")
 
 
 def fits_kernels(*tensors: Tensor) -> bool:

@@ -345,6 +345,14 @@ def test_memory_is_linear():
     assert rows * 32 <= largest.numel < rows * rows
 
 
+@pytest.mark.parametrize(("num_keys", "num_bins"), [(2**21, 32), (2**11, 2**20)])
+def test_bins_whose_edges_need_64_bits_have_no_kernel(num_keys, num_bins):
+    query, key = torch.empty(1, 1, 1, 8), torch.empty(1, 1, 1, 8).expand(1, 1, num_keys, 8)
+    rest = {"layout": "relative", "causal": True, "scaling": 1.0, "backend": "triton"}
+    with pytest.raises(NotImplementedError, match="no Triton form for these inputs"):
+        teacher_statistics(query, key, num_bins=num_bins, **rest)
+
+
 def test_float64_has_no_kernel():
     query, key, scores = (exact(x) for x in (random(1, 2, 20, 8), random(1, 2, 20, 8), random(1, 2, 20, 32)))
     rest = {"causal": True, "backend": "triton"}

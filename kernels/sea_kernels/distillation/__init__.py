@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..backend import KERNEL_DTYPES, Backend, choose_backend, fits_kernels
+from ..backend import KERNEL_DTYPES, Backend, choose_backend, fits_kernels, has_gather
 from ..bins import LAYOUTS, Layout
 from ..checks import check_bins, check_choice, check_mask, check_qkv, check_same_device, check_shape
 from ..masks import BinMask, RunMask
@@ -72,8 +72,8 @@ def teacher_statistics(
     rows = len(query), query.shape[2], key.shape[2]
     check_rows(*rows, causal=causal, attention_mask=attention_mask)
     bins = {"num_bins": num_bins, "layout": layout, "causal": causal, "scaling": scaling, "shift": shift}
-    # Kernels compute the edges of bins in 32 bits.
-    exists = fits_kernels(query) and key.shape[2] * max(num_bins, 1024) < 2**31
+    in_32_bits = key.shape[2] * max(num_bins, 1024) < 2**31  # the edges of bins, as the kernel computes them
+    exists = fits_kernels(query) and in_32_bits and has_gather()
     if choose_backend(backend, query, triton_exists=exists, operation="teacher_statistics") == "triton":
         from . import triton_teacher
 
