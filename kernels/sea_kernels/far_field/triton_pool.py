@@ -38,8 +38,8 @@ def pool(
     keys = key.new_empty(batch, heads, count, head_dim)
     values = value.new_empty(batch, heads, count, value_dim)
     offsets = torch.empty(batch, heads, count, dtype=torch.float32, device=key.device)
-    tile_keys = 16 if num_bins else min(16, 1 << level)
-    runs = POOL_KEYS // tile_keys if num_bins else max(1, POOL_KEYS >> level)
+    runs = 1 if num_bins else max(1, POOL_KEYS >> level)
+    warps = 4 if max(head_dim, value_dim) <= 64 else 8
     _pool_kernel[(triton.cdiv(count, runs), heads, batch)](
         key,
         value,
@@ -60,9 +60,9 @@ def pool(
         NUM_BINS=num_bins,
         LEVEL=level,
         RUNS=runs,
-        TILE_KEYS=tile_keys,
+        TILE_KEYS=16 if num_bins else min(16, 1 << level),
         HAS_PADDING=spans is not None,
-        num_warps=4 if max(head_dim, value_dim) <= 64 else 8,
+        num_warps=1 if num_bins else warps,
     )
     return Pool(keys, values, offsets)
 
@@ -100,7 +100,7 @@ def _pool_kernel(
     place = tl.program_id(0) * RUNS + tl.arange(0, RUNS)
     level, index = LEVEL, place
     if NUM_BINS > 0:
-        level, index = tl.program_id(0) * RUNS // NUM_BINS, place % NUM_BINS  # NUM_BINS is a multiple of RUNS
+        level, index = tl.program_id(0) // NUM_BINS, place % NUM_BINS
     begin = index << level  # [RUNS]
     end = tl.minimum(begin + (1 << level), real)
     o_dim, o_value, o_tile = tl.arange(0, HEAD_PADDED), tl.arange(0, VALUE_PADDED), tl.arange(0, TILE_KEYS)

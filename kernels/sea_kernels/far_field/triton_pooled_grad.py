@@ -114,7 +114,7 @@ def _bin_gradients_kernel(
     TILE: tl.constexpr,
 ):
     WORDS: tl.constexpr = NUM_BINS // 32
-    current, word = tl.program_id(0) // WORDS, tl.program_id(0) % WORDS
+    current, word = num_levels - 1 - tl.program_id(0) // WORDS, tl.program_id(0) % WORDS  # the longest walks first
     item_head = tl.program_id(1).to(tl.int64)
     item, head = item_head // heads, item_head % heads
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
