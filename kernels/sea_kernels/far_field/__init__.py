@@ -38,8 +38,8 @@ def far_field_attention(
     not kept take part. Where bins are no wider than such runs, bins are not split.
 
     Computed in float32 for half-precision inputs, also under autocast; float64 stays float64. Gradients flow to query,
-    key, value and centre. Memory is linear in T, in training too: the backward pass computes the scores again, chunk
-    by chunk.
+    key, value and centre. Memory is linear in T, in training too: the backward pass computes the scores again. In
+    Triton the same inputs give the same gradients to the bit.
 
     Args:
         query: ``[N, H, T, D]``, the last T of the S positions.

@@ -10,7 +10,7 @@ from .triton_pool import Pool
 from .triton_rows import add_rows, bits_of, kept_runs, rows_below
 from .triton_walk import TILE, Walk, load_columns, window_begin
 
-SPLIT_ROWS = 8192  # rows of the longest level that one program walks
+SPLIT_ROWS = 8192  # rows of the input for each part that a walk is cut into
 MOST_SPLITS = 8
 BLOCKS = 8  # of rows whose bits are looked at together, so that a walk over rows without a part is short
 

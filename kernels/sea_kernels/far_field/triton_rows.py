@@ -1,7 +1,7 @@
-"""What the kernels share that sum over rows: each takes a tile of keys or of pooled runs and walks the rows below it.
+"""What the kernels share that sum over rows: each takes a tile of pooled runs or bins and walks the rows below it.
 
-What a row keeps is read from its mask. A tile holds as many keys, runs or bins as a word has bits, so that one word of
-a row says it of the whole tile, and rows that have no part in the tile are passed over at the price of that word.
+What a row takes is read from its masks. A tile holds as many runs or bins as a word has bits, so that one word of a row
+says it of the whole tile.
 """
 
 import triton
@@ -21,7 +21,7 @@ def rows_below(begin, num_queries, num_keys, first, real, CAUSAL: tl.constexpr):
 
 @triton.jit
 def kept_runs(STARTS, row, m_row, first_run, WIDTH: tl.constexpr, SLOTS: tl.constexpr):
-    """Bit i says whether a row keeps run ``first_run + i``, of 32. int32 [ROWS]"""
+    """Bit i says whether a row keeps run ``first_run + i``, of 32, as one of its starts. int32 [ROWS]"""
     o_slot = tl.arange(0, 16)
     word = tl.zeros_like(m_row.to(tl.int32))
     for slot in range(0, SLOTS, 16):
@@ -63,7 +63,7 @@ def add_rows(
     VALUE_PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Add some rows' gradients to a tile's keys (without the factor ``scaling``), values and offsets.
+    """Add some rows' gradients to a tile's pooled keys (without the factor ``scaling``), values and offsets.
 
     take: which rows attend to which of the tile. [TILE, ROWS]
     """
