@@ -173,6 +173,27 @@ def test_half_precision_odd_width_and_transposed_inputs(random_qkv, num_bins):
     assert_gradients(query, key, value, mask, causal=True, row_scale=random_scale(query), tolerance=2e-3)
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU: the interpreter has no bfloat16 and is slow")
+@pytest.mark.parametrize("form", ["bins", "relative", "runs", "window"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_long_inputs(random_qkv, padding_mask, form, dtype):
+    length, sizes = 3000, {"heads": 4, "groups": 2, "width": 64, "value_width": 64}
+    query, key, value = (x.to(dtype) for x in random_qkv(queries=length, **sizes))
+    real = padding_mask(length, [(0, 77), (500, 0)])
+    spans = row_spans(2, length, length, causal=True, attention_mask=real)
+    if form in ("bins", "relative"):
+        layout = "aligned" if form == "bins" else form
+        mask = random_bins(query.shape[:3], layout, share=0.1, num_bins=256)
+    else:
+        mask = random_runs(query.shape[:3], spans, 16, 4, *((8, 3) if form == "window" else ()))
+        if form == "runs":  # attention sinks
+            mask.starts.masked_fill_(mask.starts == 0, -1)
+            mask.starts[..., 0] = torch.where(spans.length.to(DEVICE)[:, None] > 0, 0, -1)
+    tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
+    options = {"causal": True, "attention_mask": real, "row_scale": random_scale(query), "tolerance": tolerance}
+    assert_gradients(query, key, value, mask, **options)
+
+
 def test_full_mask_has_the_gradients_of_dense_attention(random_qkv):
     tensors = random_qkv(batch=1, heads=2, queries=33, width=16, value_width=16)
     tensors = [x.float().to(DEVICE).requires_grad_() for x in tensors]

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..masks import BinMask, RunMask
 from ..triton_common import item_span, item_spans, on_device, row_span, with_dense_rows
 from ..triton_entries import BLOCK_ROWS, RELATIVE_TILE, Entries, EntryLists
+from ..triton_inverse import MOST_CHUNKS
 from .triton import LOG2E, count_steps, visit
 from .triton_backward_keys import differentiate_keys
 
@@ -83,11 +84,15 @@ def _of_heads(mask: BinMask | RunMask, heads: slice) -> BinMask | RunMask:
 
 
 def _slices(mask: BinMask | RunMask, key_shape: torch.Size, members: int) -> Iterator[slice]:
-    """Key heads to be taken together, so that their lists (twelve bytes for every run that a row keeps) stay small."""
-    batch, groups, _, _ = key_shape
-    kept = mask.num_bins if isinstance(mask, BinMask) else mask.starts.shape[-1]
-    num_queries = (mask.bits if isinstance(mask, BinMask) else mask.starts).shape[2]
-    at_once = max(1, BUFFER_BYTES // (12 * batch * members * num_queries * max(1, kept)))
+    """Key heads to be taken together, so that their lists stay small."""
+    batch, groups, num_keys, _ = key_shape
+    if isinstance(mask, BinMask):
+        num_queries, kept, units = mask.bits.shape[2], mask.num_bins, 0
+    else:
+        num_queries, kept, units = *mask.starts.shape[2:], num_keys // mask.width
+    # An entry and a row in a unit's list for every bin or run of a row, and the table that sorts them.
+    size = batch * members * (12 * num_queries * kept + 8 * MOST_CHUNKS * units)
+    at_once = max(1, BUFFER_BYTES // max(1, size))
     for first in range(0, groups, at_once):
         yield slice(first, min(first + at_once, groups))
 
@@ -162,7 +167,9 @@ def _differentiate_queries(
     )
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "shift", "scale", "scaling"])
+@triton.jit(
+    do_not_specialize=["r_item", "r_head", "num_queries", "num_keys", "first_block", "shift", "scale", "scaling"]
+)
 def _query_kernel(
     Q,
     K,

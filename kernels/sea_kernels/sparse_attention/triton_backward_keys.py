@@ -1,7 +1,7 @@
 """Gradients of sparse attention to keys and values.
 
 A program takes a tile of keys of one key head. For every query head that reads them it walks the rows that keep some of
-them, 32 at a time, and adds up in registers. Which rows those are, ``triton_inverse.py`` lists; tiles with long lists,
+them, 16 at a time, and adds up in registers. Which rows those are, ``triton_inverse.py`` lists; tiles with long lists,
 such as the first tokens, are cut into parts whose sums are added in a fixed order. Bins of the relative layout have
 edges of their own in every row: there a program walks all rows that may see its keys.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..triton_common import item_span, row_span
 from ..triton_entries import Entries, EntryLists, relative_bin
-from ..triton_inverse import UNIT_BITS, InverseLists, cut_tiles, tile_range
+from ..triton_inverse import UNIT_BITS, InverseLists, TileParts, cut_tiles, tile_range
+from .triton import LOG2E
 
-LOG2E = 1.4426950408889634
 TILE_KEYS = 16
 
 
@@ -69,21 +69,34 @@ def differentiate_keys(
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
     options |= _launch_config(max(head_dim, value_dim) * query.dtype.itemsize)
-    grid = (batch * groups * tiles,)
+    all_tiles = batch * groups * tiles
     if lists.relative:
-        mask = lists.mask
-        options |= {"NUM_BINS": mask.num_bins, "RELATIVE": True, "HAS_SHIFT": mask.shift != 0}
-        _key_kernel[grid](*args, *[None] * 6, 0, 0, 1, 0, lists.source, mask.shift, **options, EXTRA=False)
+        _key_kernel[all_tiles,](*args, **_relative_source(lists), **options, EXTRA=False)
         return
     inverse = InverseLists(lists, entries)
     parts = cut_tiles(inverse, num_keys, TILE_KEYS, batch * heads, heads // groups)
     sums = log_sum.new_empty(len(parts.tile), TILE_KEYS, head_dim + value_dim)
-    args += [inverse.rows, inverse.offsets, parts.size, parts.ends, parts.tile, sums, grid[0]]
-    args += [inverse.first_level, inverse.levels, inverse.units, None, 0]
-    options |= {"NUM_BINS": 32, "RELATIVE": False, "HAS_SHIFT": False}
+    options |= {"all_tiles": all_tiles, "SUMS": sums, **_listed_source(inverse, parts)}
     if len(parts.tile):
         _key_kernel[len(parts.tile),](*args, **options, EXTRA=True)
-    _key_kernel[grid](*args, **options, EXTRA=False)
+    _key_kernel[all_tiles,](*args, **options, EXTRA=False)
+
+
+def _relative_source(lists: EntryLists) -> dict:
+    """Where the kernel finds a tile's rows in the relative layout: they are those that see it."""
+    mask = lists.mask
+    unused = dict.fromkeys(("LISTED", "OFFSETS", "PART_SIZE", "PART_ENDS", "PART_TILE", "SUMS"))
+    unused |= {"all_tiles": 0, "first_level": 0, "levels": 1, "units": 0}
+    found = {"BITS": lists.source, "shift": mask.shift, "NUM_BINS": mask.num_bins, "HAS_SHIFT": mask.shift != 0}
+    return unused | found | {"RELATIVE": True}
+
+
+def _listed_source(inverse: InverseLists, parts: TileParts) -> dict:
+    """Where the kernel finds them otherwise."""
+    found = {"LISTED": inverse.rows, "OFFSETS": inverse.offsets}
+    found |= {"first_level": inverse.first_level, "levels": inverse.levels, "units": inverse.units}
+    found |= {"PART_SIZE": parts.size, "PART_ENDS": parts.ends, "PART_TILE": parts.tile}
+    return found | {"BITS": None, "shift": 0, "NUM_BINS": 32, "HAS_SHIFT": False, "RELATIVE": False}
 
 
 def _launch_config(row_bytes: int) -> dict:
@@ -148,6 +161,8 @@ def _add_rows(
 
 @triton.jit(
     do_not_specialize=[
+        "r_item",
+        "r_head",
         "num_queries",
         "num_keys",
         "tiles",
