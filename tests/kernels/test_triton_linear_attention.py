@@ -29,7 +29,7 @@ def directions(features, width):
     return torch.randn(features, width, generator=torch.Generator().manual_seed(1)).to(DEVICE)
 
 
-def assert_same(query, key, value, *, features=42, tolerance=1e-6, attention_mask=None, **options):
+def assert_same(query, key, value, *, features=42, tolerance=3e-6, attention_mask=None, **options):
     """The Triton form's error against float64 is within ``tolerance`` of the result's size; returns its output."""
     inputs = [tensor.to(DEVICE) for tensor in (query, key, value)]
     options |= {"attention_mask": None if attention_mask is None else attention_mask.to(DEVICE), "scaling": 0.4}

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import item_span, row_span
-from .triton_features import load_rows, relu_features
+from .triton_features import load_directions, load_rows, relu_features, rounded
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
@@ -47,12 +47,21 @@ def row_kernel(
 
 @triton.jit
 def _load_gradient(
-    p_grad, g_row, INVERSE, DELTA, place, rows, m_row, VALUE_DIM: tl.constexpr, VALUE_PADDED: tl.constexpr
+    p_grad,
+    g_row,
+    INVERSE,
+    DELTA,
+    place,
+    rows,
+    m_row,
+    VALUE_DIM: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     """g ``[BLOCK, VALUE]`` and e ``[BLOCK]`` of the rows of one head. p_grad, place: of the head's first row."""
     inverse = tl.load(INVERSE + place + rows, mask=m_row, other=0.0)
     b_grad = load_rows(p_grad + rows.to(tl.int64) * g_row, m_row & (inverse > 0), VALUE_DIM, VALUE_PADDED)
-    return b_grad * inverse[:, None], tl.load(DELTA + place + rows, mask=m_row, other=0.0)
+    return rounded(b_grad * inverse[:, None], PRECISION), tl.load(DELTA + place + rows, mask=m_row, other=0.0)
 
 
 @triton.jit(
@@ -93,7 +102,7 @@ def gradient_state_kernel(
     heads = tl.num_programs(1) * heads_per_group
     o_feature, o_value = tl.program_id(0) // segments * TILE + tl.arange(0, TILE), tl.arange(0, VALUE_PADDED)
     m_feature, m_value = o_feature < NUM_FEATURES, (o_value < VALUE_DIM)[None, :]
-    b_p = load_rows(P + o_feature * HEAD_DIM, m_feature, HEAD_DIM, HEAD_PADDED)  # [TILE, HEAD]
+    b_p = load_directions(P, o_feature, NUM_FEATURES, HEAD_DIM, HEAD_PADDED, PRECISION)  # [TILE, HEAD]
     BLOCKS: tl.constexpr = SEGMENT // BLOCK
     state = tl.zeros([TILE, VALUE_PADDED], tl.float32)
     total = tl.zeros([TILE], tl.float32)
@@ -106,9 +115,9 @@ def gradient_state_kernel(
         b_q = load_rows(p_q, m_row, HEAD_DIM, HEAD_PADDED)
         p_grad = GRAD + item * g_item + head.to(tl.int64) * g_head
         place = (item * heads + head) * num_queries
-        b_g, b_e = _load_gradient(p_grad, g_row, INVERSE, DELTA, place, rows, m_row, VALUE_DIM, VALUE_PADDED)
+        b_g, b_e = _load_gradient(p_grad, g_row, INVERSE, DELTA, place, rows, m_row, VALUE_DIM, VALUE_PADDED, PRECISION)
         projected = tl.dot(b_p, tl.trans(b_q), input_precision=PRECISION) * q_scale  # [TILE, BLOCK]
-        features = relu_features(projected, m_feature[:, None] & m_row[None, :])
+        features = relu_features(projected, m_feature[:, None] & m_row[None, :], PRECISION)
         state = tl.dot(features, b_g, state, input_precision=PRECISION)
         total += tl.sum(features * b_e[None, :], 1)
     place = ((item * tl.num_programs(1) + group) * segments + segment) * NUM_FEATURES + o_feature
@@ -184,7 +193,7 @@ def query_gradient_kernel(
     b_q = load_rows(p_q, m_row, HEAD_DIM, HEAD_PADDED)
     p_grad = GRAD + item * g_item + head.to(tl.int64) * g_head
     place = (item * heads + head) * num_queries
-    b_g, b_e = _load_gradient(p_grad, g_row, INVERSE, DELTA, place, rows, m_row, VALUE_DIM, VALUE_PADDED)
+    b_g, b_e = _load_gradient(p_grad, g_row, INVERSE, DELTA, place, rows, m_row, VALUE_DIM, VALUE_PADDED, PRECISION)
     K += item * k_item + group.to(tl.int64) * k_head
     V += item * v_item + group.to(tl.int64) * v_head
     grad = tl.zeros([BLOCK, HEAD_PADDED], tl.float32)
@@ -195,25 +204,27 @@ def query_gradient_kernel(
         b_v = load_rows(V + o_key.to(tl.int64) * v_row, m_key, VALUE_DIM, VALUE_PADDED)
         weights = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION) + b_e[:, None]  # gradient of the weights
         weights = tl.where(m_key[None, :] & (o_key[None, :] <= o_place[:, None]), weights, 0.0)
+        weights = rounded(weights, PRECISION)
         for begin in range(0, NUM_FEATURES, TILE):
             o_feature = begin + tl.arange(0, TILE)
-            b_p = load_rows(P + o_feature * HEAD_DIM, o_feature < NUM_FEATURES, HEAD_DIM, HEAD_PADDED)
+            b_p = load_directions(P, o_feature, NUM_FEATURES, HEAD_DIM, HEAD_PADDED, PRECISION)
             projected = tl.dot(b_k, tl.trans(b_p), input_precision=PRECISION) * k_scale
-            b_fk = relu_features(projected, (o_feature < NUM_FEATURES)[None, :])
+            b_fk = relu_features(projected, (o_feature < NUM_FEATURES)[None, :], PRECISION)
             projected = tl.dot(b_q, tl.trans(b_p), input_precision=PRECISION)  # only its sign counts
             features = tl.dot(weights, b_fk, input_precision=PRECISION)
-            features = tl.where(projected * q_scale > 0, features, 0.0)
+            features = rounded(tl.where(projected * q_scale > 0, features, 0.0), PRECISION)
             grad = tl.dot(features, b_p, grad, input_precision=PRECISION)
     state = ((item * (heads // heads_per_group) + group) * segments + block // BLOCKS - first_segment) * NUM_FEATURES
     for begin in range(0, NUM_FEATURES, TILE):
         o_feature = begin + tl.arange(0, TILE)
         m_feature = o_feature < NUM_FEATURES
-        b_p = load_rows(P + o_feature * HEAD_DIM, m_feature, HEAD_DIM, HEAD_PADDED)
+        b_p = load_directions(P, o_feature, NUM_FEATURES, HEAD_DIM, HEAD_PADDED, PRECISION)
         b_state = load_rows(KEY_VALUE + (state + o_feature) * VALUE_DIM, m_feature, VALUE_DIM, VALUE_PADDED)
+        b_state = rounded(b_state, PRECISION)
         b_sum = tl.load(KEY_SUM + state + o_feature, mask=m_feature, other=0.0) + SUM_EPSILON
         projected = tl.dot(b_q, tl.trans(b_p), input_precision=PRECISION)
         features = tl.dot(b_g, tl.trans(b_state), input_precision=PRECISION) + b_e[:, None] * b_sum[None, :]
-        features = tl.where(projected * q_scale > 0, features, 0.0)
+        features = rounded(tl.where(projected * q_scale > 0, features, 0.0), PRECISION)
         grad = tl.dot(features, b_p, grad, input_precision=PRECISION)
     p_out = GRAD_Q + (place + rows)[:, None] * HEAD_DIM + o_dim[None, :]
     grad = (grad * q_scale).to(GRAD_Q.dtype.element_ty)
@@ -297,33 +308,39 @@ def key_gradient_kernel(
         b_q = load_rows(p_q, m_row, HEAD_DIM, HEAD_PADDED)
         p_grad = GRAD + item * g_item + head.to(tl.int64) * g_head
         place = (item * groups * heads_per_group + head) * num_queries
-        b_g, b_e = _load_gradient(p_grad, g_row, INVERSE, DELTA, place, rows, m_row, VALUE_DIM, VALUE_PADDED)
+        b_g, b_e = _load_gradient(p_grad, g_row, INVERSE, DELTA, place, rows, m_row, VALUE_DIM, VALUE_PADDED, PRECISION)
         sees = m_key[:, None] & m_row[None, :] & (o_key[:, None] <= o_place[None, :])  # [keys, rows]
         change = tl.dot(b_v, tl.trans(b_g), input_precision=PRECISION) + b_e[None, :]  # gradient of the weights
-        change = tl.where(sees, change, 0.0)
+        change = rounded(tl.where(sees, change, 0.0), PRECISION)
         weights = tl.zeros([BLOCK, BLOCK], tl.float32)
         for begin in range(0, NUM_FEATURES, TILE):
             o_feature = begin + tl.arange(0, TILE)
             m_feature = (o_feature < NUM_FEATURES)[None, :]
-            b_p = load_rows(P + o_feature * HEAD_DIM, o_feature < NUM_FEATURES, HEAD_DIM, HEAD_PADDED)
-            b_fq = relu_features(tl.dot(b_q, tl.trans(b_p), input_precision=PRECISION) * q_scale, m_feature)
+            b_p = load_directions(P, o_feature, NUM_FEATURES, HEAD_DIM, HEAD_PADDED, PRECISION)
+            projected = tl.dot(b_q, tl.trans(b_p), input_precision=PRECISION) * q_scale
+            b_fq = relu_features(projected, m_feature, PRECISION)
             projected = tl.dot(b_k, tl.trans(b_p), input_precision=PRECISION) * k_scale
-            weights = tl.dot(relu_features(projected, m_feature), tl.trans(b_fq), weights, input_precision=PRECISION)
+            b_fk = relu_features(projected, m_feature, PRECISION)
+            weights = tl.dot(b_fk, tl.trans(b_fq), weights, input_precision=PRECISION)
             features = tl.dot(change, b_fq, input_precision=PRECISION)
-            grad_k = tl.dot(tl.where(projected > 0, features, 0.0), b_p, grad_k, input_precision=PRECISION)
-        grad_v = tl.dot(tl.where(sees, weights, 0.0), b_g, grad_v, input_precision=PRECISION)
+            features = rounded(tl.where(projected > 0, features, 0.0), PRECISION)
+            grad_k = tl.dot(features, b_p, grad_k, input_precision=PRECISION)
+        weights = rounded(tl.where(sees, weights, 0.0), PRECISION)
+        grad_v = tl.dot(weights, b_g, grad_v, input_precision=PRECISION)
     state = ((item * groups + group) * segments + block // BLOCKS - first_segment) * NUM_FEATURES
     for begin in range(0, NUM_FEATURES, TILE):
         o_feature = begin + tl.arange(0, TILE)
         m_feature = o_feature < NUM_FEATURES
-        b_p = load_rows(P + o_feature * HEAD_DIM, m_feature, HEAD_DIM, HEAD_PADDED)
+        b_p = load_directions(P, o_feature, NUM_FEATURES, HEAD_DIM, HEAD_PADDED, PRECISION)
         b_state = load_rows(STATE + (state + o_feature) * VALUE_DIM, m_feature, VALUE_DIM, VALUE_PADDED)
+        b_state = rounded(b_state, PRECISION)
         b_sum = tl.load(STATE_SUM + state + o_feature, mask=m_feature, other=0.0)
         projected = tl.dot(b_k, tl.trans(b_p), input_precision=PRECISION) * k_scale
-        b_fk = relu_features(projected, m_feature[None, :])
+        b_fk = relu_features(projected, m_feature[None, :], PRECISION)
         grad_v = tl.dot(b_fk, b_state, grad_v, input_precision=PRECISION)
         features = tl.dot(b_v, tl.trans(b_state), input_precision=PRECISION) + b_sum[None, :]
-        grad_k = tl.dot(tl.where(projected > 0, features, 0.0), b_p, grad_k, input_precision=PRECISION)
+        features = rounded(tl.where(projected > 0, features, 0.0), PRECISION)
+        grad_k = tl.dot(features, b_p, grad_k, input_precision=PRECISION)
     place = (item * groups + group) * num_keys + o_key
     grad_k = tl.where(m_key[:, None], grad_k * k_scale, 0.0).to(GRAD_K.dtype.element_ty)
     grad_v = tl.where(m_key[:, None], grad_v, 0.0).to(GRAD_V.dtype.element_ty)

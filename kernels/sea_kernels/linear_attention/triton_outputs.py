@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import item_span, row_span
-from .triton_features import exp_features, half_norms, load_rows, project, relu_features
+from .triton_features import exp_features, half_norms, load_rows, project, relu_features, rounded
 
 
 @triton.jit(
@@ -76,11 +76,12 @@ def causal_output_kernel(
             o_feature = begin + tl.arange(0, TILE)
             m_feature = (o_feature < NUM_FEATURES)[None, :]
             projected = project(b_q, P, o_feature, q_scale, NUM_FEATURES, HEAD_DIM, HEAD_PADDED, PRECISION)
-            b_fq = relu_features(projected, m_feature)  # [BLOCK, TILE]
+            b_fq = relu_features(projected, m_feature, PRECISION)  # [BLOCK, TILE]
             projected = project(b_k, P, o_feature, k_scale, NUM_FEATURES, HEAD_DIM, HEAD_PADDED, PRECISION)
-            b_fk = relu_features(projected, m_feature)
+            b_fk = relu_features(projected, m_feature, PRECISION)
             weights = tl.dot(b_fq, tl.trans(b_fk), weights, input_precision=PRECISION)
         weights = tl.where(m_key[None, :] & (o_key[None, :] <= o_place[:, None]), weights, 0.0)
+        weights = rounded(weights, PRECISION)
         p_v = V + o_key.to(tl.int64)[:, None] * v_row + o_value[None, :]
         b_v = tl.load(p_v, mask=m_key[:, None] & m_value, other=0.0).to(tl.float32)  # [BLOCK, VALUE]
         acc = tl.dot(weights, b_v, acc, input_precision=PRECISION)
@@ -92,9 +93,9 @@ def causal_output_kernel(
         o_feature = begin + tl.arange(0, TILE)
         m_feature = o_feature < NUM_FEATURES
         projected = project(b_q, P, o_feature, q_scale, NUM_FEATURES, HEAD_DIM, HEAD_PADDED, PRECISION)
-        b_fq = relu_features(projected, m_feature[None, :])
+        b_fq = relu_features(projected, m_feature[None, :], PRECISION)
         p_state = KEY_VALUE + (state + o_feature)[:, None] * VALUE_DIM + o_value[None, :]
-        b_state = tl.load(p_state, mask=m_feature[:, None] & m_value, other=0.0)  # [TILE, VALUE]
+        b_state = rounded(tl.load(p_state, mask=m_feature[:, None] & m_value, other=0.0), PRECISION)  # [TILE, VALUE]
         acc = tl.dot(b_fq, b_state, acc, input_precision=PRECISION)
         b_sum = tl.load(KEY_SUM + state + o_feature, mask=m_feature, other=0.0)
         total += tl.sum(b_fq * (b_sum + SUM_EPSILON)[None, :], 1)
@@ -153,9 +154,9 @@ def bidirectional_output_kernel(
         o_feature = begin + tl.arange(0, TILE)
         m_feature = o_feature < NUM_FEATURES
         projected = project(b_q, P, o_feature, scale, NUM_FEATURES, HEAD_DIM, HEAD_PADDED, PRECISION)
-        b_fq = exp_features(projected, half_norm, highest[:, None], m_feature[None, :])  # [BLOCK, TILE]
+        b_fq = exp_features(projected, half_norm, highest[:, None], m_feature[None, :], PRECISION)  # [BLOCK, TILE]
         p_state = KEY_VALUE + (state + o_feature)[:, None] * VALUE_DIM + o_value[None, :]
-        b_state = tl.load(p_state, mask=m_feature[:, None] & m_value, other=0.0)  # [TILE, VALUE]
+        b_state = rounded(tl.load(p_state, mask=m_feature[:, None] & m_value, other=0.0), PRECISION)  # [TILE, VALUE]
         acc = tl.dot(b_fq, b_state, acc, input_precision=PRECISION)
         total += tl.sum(b_fq * tl.load(KEY_SUM + state + o_feature, mask=m_feature, other=0.0)[None, :], 1)
     out = tl.where((length > 0)[:, None], acc / total[:, None], 0.0)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from ..triton_common import item_span
-from .triton_features import exp_features, half_norms, load_rows, project, relu_features
+from .triton_features import exp_features, half_norms, load_directions, load_rows, project, relu_features
 
 
 @triton.jit(do_not_specialize=["num_keys", "scale"])
@@ -82,7 +82,7 @@ def state_kernel(
     m_feature, m_value = o_feature < NUM_FEATURES, (o_value < VALUE_DIM)[None, :]
     K += item * k_item + group.to(tl.int64) * k_head
     V += item * v_item + group.to(tl.int64) * v_head
-    b_p = load_rows(P + o_feature * HEAD_DIM, m_feature, HEAD_DIM, HEAD_PADDED)  # [TILE, HEAD]
+    b_p = load_directions(P, o_feature, NUM_FEATURES, HEAD_DIM, HEAD_PADDED, PRECISION)  # [TILE, HEAD]
     if EXPONENTIAL:
         highest = tl.load(HIGHEST + item_group)
     key_value = tl.zeros([TILE, VALUE_PADDED], tl.float32)
@@ -96,9 +96,9 @@ def state_kernel(
         projected = tl.dot(b_p, tl.trans(b_k), input_precision=PRECISION) * scale  # [TILE, BLOCK]
         mask = m_feature[:, None] & m_key[None, :]
         if EXPONENTIAL:
-            features = exp_features(projected, half_norms(b_k, HEAD_DIM)[None, :], highest, mask)
+            features = exp_features(projected, half_norms(b_k, HEAD_DIM)[None, :], highest, mask, PRECISION)
         else:
-            features = relu_features(projected, mask)
+            features = relu_features(projected, mask, PRECISION)
         key_value = tl.dot(features, b_v, key_value, input_precision=PRECISION)
         key_sum += tl.sum(features, 1)
     place = (item_group * segments + segment) * NUM_FEATURES + o_feature
