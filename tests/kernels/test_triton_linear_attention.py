@@ -77,6 +77,18 @@ def test_half_precision_is_summed_in_float32(random_qkv, causal, dtype, toleranc
     assert_same(query, key, value, causal=causal, tolerance=tolerance)
 
 
+def test_normaliser_of_keys_whose_features_are_least(random_qkv):
+    """Then the 1e-6 that the normaliser adds to a feature's sum is a thousandth of it."""
+    query, key, value = (x.float().to(DEVICE) for x in random_qkv(batch=1, heads=1, groups=1, queries=3, width=8))
+    results = []
+    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
+        leaves = [x.to(dtype).requires_grad_() for x in (query, 1e-3 * key, value)]
+        output = linear_attention(*leaves, directions(20, 8), causal=True, backend=backend)
+        results.append((output, *torch.autograd.grad(output.sum(), leaves)))
+    for got, expected in zip(*results, strict=True):
+        assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
+
+
 def test_strided_inputs_match(random_qkv, short_segments):
     query, key, value = (x.float() for x in random_qkv(queries=20, width=8, value_width=8))
     query, key = query.transpose(1, 2).contiguous().transpose(1, 2), key.mT.contiguous().mT

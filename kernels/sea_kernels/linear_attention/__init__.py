@@ -36,7 +36,7 @@ def linear_attention(
 
     Computed in float32 for half-precision inputs, also under autocast; float64 stays float64. The Triton form takes the
     products of half-precision inputs in TF32, with sums in float32. Gradients flow to query, key, value and the initial
-    state.
+    state; in the Triton form those of causal rows are the same bits in every run.
 
     Args:
         query: ``[N, H, T, D]``, the last T of the S positions.

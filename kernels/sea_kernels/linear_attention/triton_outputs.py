@@ -100,7 +100,7 @@ def causal_output_kernel(
         b_sum = tl.load(KEY_SUM + state + o_feature, mask=m_feature, other=0.0)
         total += tl.sum(b_fq * (b_sum + SUM_EPSILON)[None, :], 1)
 
-    out = tl.where((length > 0)[:, None], acc / total[:, None], 0.0)
+    out = tl.where((length > 0)[:, None], acc / tl.where(length > 0, total, 1.0)[:, None], 0.0)
     place = (item * heads + head) * num_queries + rows
     tl.store(NORMALISER + place, total, mask=m_row)
     p_out = OUT + place[:, None] * VALUE_DIM + o_value[None, :]
@@ -159,6 +159,6 @@ def bidirectional_output_kernel(
         b_state = rounded(tl.load(p_state, mask=m_feature[:, None] & m_value, other=0.0), PRECISION)  # [TILE, VALUE]
         acc = tl.dot(b_fq, b_state, acc, input_precision=PRECISION)
         total += tl.sum(b_fq * tl.load(KEY_SUM + state + o_feature, mask=m_feature, other=0.0)[None, :], 1)
-    out = tl.where((length > 0)[:, None], acc / total[:, None], 0.0)
+    out = tl.where((length > 0)[:, None], acc / tl.where(length > 0, total, 1.0)[:, None], 0.0)
     p_out = OUT + ((item * heads + head) * num_rows + rows)[:, None] * VALUE_DIM + o_value[None, :]
     tl.store(p_out, out.to(OUT.dtype.element_ty), mask=m_row[:, None] & m_value)
