@@ -70,7 +70,7 @@ def test_bidirectional_rows_match(random_qkv, padding_mask, layout, shift, stati
 
 @pytest.mark.parametrize("statistic", ["mean", "bound"])
 def test_own_bins_wider_than_a_block_of_rows(random_qkv, statistic):
-    query, key, _ = (x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=10, keys=1100, width=4))
+    query, key, _ = (x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=10, keys=1130, width=4))
     assert_same(query, key, statistic=statistic)
 
 

@@ -44,7 +44,7 @@ def test_causal_rows_match(padding_mask, grouping, layout, shift, queries, keys,
 
 
 @pytest.mark.parametrize("grouping", ["query", "causal_batch"])
-@pytest.mark.parametrize(("keep_first", "keep_own"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize(("keep_first", "keep_own"), [(False, False), (True, False), (False, True), (True, True)])
 def test_bidirectional_rows_match(padding_mask, grouping, keep_first, keep_own):
     mask = padding_mask(40, [(6, 0), (40, 0)])
     forced = {"keep_first": keep_first, "keep_own": keep_own}
