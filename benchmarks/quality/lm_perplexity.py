@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 from tables import Row, main, parser
 
-from lightning_sea.adapt import sea_layers, set_k
+from lightning_sea.adapt import set_k
 from lightning_sea.callbacks import SparsityMonitor
 from lightning_sea.config import SEAConfig
 from lightning_sea.data import TextDataModule
@@ -38,10 +38,11 @@ def text(settings: dict, options: argparse.Namespace, seq_len: int, batch_size: 
 def build(settings: dict, options: argparse.Namespace) -> CausalLMModule:
     """The module of a run; a run without ``sea`` is dense."""
     sea, distillation = settings.get("sea"), settings.get("distillation")
+    preset = SEAConfig.paper_opt if settings.get("paper") else SEAConfig
     return CausalLMModule(
         options.model,
         attention="sea" if sea else "dense",
-        sea=SEAConfig(**sea) if sea else None,
+        sea=preset(**sea) if sea else None,
         distillation=DistillationConfig(**distillation) if distillation else None,
         estimator_steps=settings["estimator_steps"] if sea else 0,
         optimizer=OptimizerConfig(**settings["optimizer"]),
@@ -79,16 +80,19 @@ def test(module: CausalLMModule, settings: dict, options: argparse.Namespace, se
 
 
 def test_all(module: CausalLMModule, settings: dict, options: argparse.Namespace) -> list[Row]:
-    """A row for every length, and for every k where the module has one."""
+    """Rows of all lengths and, for SEA and the window, of all k that the settings ask for."""
+    trained = settings["sea"]["k"] if "k" in (settings.get("sea") or {}) else None
     rows = []
-    trained = settings["sea"]["k"] if settings.get("sea") else None
-    for k in (settings.get("test_k") or [trained]) if trained else [None]:
-        if k != trained and sea_layers(module.student):
-            set_k(module.student, k)
-        for seq_len in settings["test_lengths"]:
-            rows.append({"k": k, **test(module, settings, options, seq_len)})
-            print(rows[-1], flush=True)
-    if trained and sea_layers(module.student):
+    for part in settings["tests"]:
+        for k in (part.get("k") or [trained]) if trained else [None]:
+            if trained and k != trained and not settings["changes_k"]:
+                continue
+            if trained:
+                set_k(module.student, k)
+            for seq_len in part["seq_len"]:
+                rows.append({"k": k, **test(module, settings, options, seq_len)})
+                print(rows[-1], flush=True)
+    if trained:
         set_k(module.student, trained)
     return rows
 

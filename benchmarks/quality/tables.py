@@ -67,7 +67,6 @@ def main(options: argparse.Namespace, run: Callable[[str, dict, argparse.Namespa
         return
     options.output.parent.mkdir(parents=True, exist_ok=True)
     failed = _run_processes(list(runs), options)
-    merge_parts(options.output)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 
@@ -86,6 +85,7 @@ def _run_processes(waiting: list[str], options: argparse.Namespace) -> list[str]
         time.sleep(0.2)
         for name in [name for name, process in running.items() if process.poll() is not None]:
             code = running.pop(name).returncode
+            merge_parts(options.output)  # at once, so that a run that is cut short leaves what it has
             print(f"{time.perf_counter() - begin:6.0f} s  {name}: {'done' if code == 0 else 'FAILED'}", flush=True)
             if code:
                 failed.append(name)

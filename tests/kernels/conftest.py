@@ -7,8 +7,15 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from triton_bounds import checked_bounds
 
 GOLDEN_FOLDER = Path(__file__).parents[1] / "golden"
+
+
+@pytest.fixture(autouse=not torch.cuda.is_available())
+def interpreted_kernels_stay_in_bounds():
+    with checked_bounds():
+        yield
 
 
 @pytest.fixture(params=["bidir_head", "causal_T20"])

@@ -34,6 +34,7 @@ def assert_same(query, key, *, attention_mask=None, tolerance=1e-6, num_bins=K, 
     ("layout", "queries", "keys", "shift"),
     [
         ("aligned", 20, 20, 0),  # fewer keys than bins
+        ("aligned", 64, 64, 0),  # a last block of rows that none is in, one width further
         ("aligned", 70, 70, 0),  # three widths
         ("aligned", 1, 75, 0),
         ("relative", 20, 20, 150),

@@ -189,7 +189,8 @@ def _shared_kernel(
     m_dim = o_dim < HEAD_DIM
     p_q = Q + item * q_item + head.to(tl.int64) * q_head + rows.to(tl.int64)[:, None] * q_row + o_dim[None, :]
     b_q = tl.load(p_q, mask=m_row[:, None] & m_dim[None, :], other=0.0)  # [ROWS, HEAD]
-    level = aligned_level(begin + 1 if CAUSAL else real, num_levels, NUM_BINS) if ALIGNED else 0
+    # A block past the end must not reach a level that was not pooled.
+    level = aligned_level(tl.minimum(begin + 1, real) if CAUSAL else real, num_levels, NUM_BINS) if ALIGNED else 0
     if CAUSAL:
         p_k = K + item * k_item + group.to(tl.int64) * k_head + first.to(tl.int64) * k_row + o_dim[None, :]
         own = position >> level
