@@ -84,7 +84,7 @@ def _score_shared_bins(
         ALIGNED=layout == "aligned",
         HAS_PADDING=spans is not None,
         PRECISION="ieee" if full else "tf32",
-        num_warps=4,
+        num_warps=8 if full else 4,
         num_stages=1 if full else 2,
     )
     return scores
