@@ -2,7 +2,7 @@
 
 from .distillation import TeacherStatistics, attention_loss, estimation_loss, kept_mass, teacher_statistics
 from .export import count_keys, to_dense, to_flat_csr
-from .far_field import far_field_attention
+from .far_field import count_pooled, far_field_attention
 from .linear_attention import LinearState, linear_attention
 from .mix_average import mix_average
 from .pooled_scores import pooled_scores
@@ -16,6 +16,7 @@ __all__ = [
     "TeacherStatistics",
     "attention_loss",
     "count_keys",
+    "count_pooled",
     "estimation_loss",
     "far_field_attention",
     "kept_mass",

@@ -20,6 +20,7 @@ class LayerSparsity(NamedTuple):
     visible: float
     kept: float
     kept_mass: float
+    pooled: float | None
     prob_scale: float | None
     mix_scale: float | None
 
@@ -30,13 +31,13 @@ class LayerSparsity(NamedTuple):
             "density": self.kept / self.visible,
             "kept_mass": self.kept_mass / self.rows,
         }
-        gates = {"prob_scale": self.prob_scale, "mix_scale": self.mix_scale}
-        return named | {name: total / self.rows for name, total in gates.items() if total is not None}
+        optional = {"pooled_per_query": self.pooled, "prob_scale": self.prob_scale, "mix_scale": self.mix_scale}
+        return named | {name: total / self.rows for name, total in optional.items() if total is not None}
 
 
 @torch.no_grad()
 def layer_sparsity(teacher: LayerRecord, student: LayerRecord) -> LayerSparsity:
-    """Count one SEA layer's kept keys and the teacher's attention mass on them.
+    """Count one SEA layer's kept keys, the teacher's attention mass on them, and the pooled runs beside them.
 
     Args:
         teacher: record of the dense layer.
@@ -54,12 +55,15 @@ def layer_sparsity(teacher: LayerRecord, student: LayerRecord) -> LayerSparsity:
     spans = row_spans(batch, num_queries, num_keys, device=student.query.device, **place)
     num_heads = student.query.shape[1]
     kept_mass = ops.kept_mass(teacher.query, teacher.key, estimate.mask, scaling=teacher.scaling, **place)
-    real = (spans.length > 0)[:, None]
+    real, pooled = (spans.length > 0)[:, None], None
+    if estimate.centre is not None:
+        pooled = float(ops.count_pooled(estimate.mask, estimate.coarse, num_keys=num_keys, **place).sum())
     return LayerSparsity(
         rows=float(num_heads * real.sum()),
         visible=float(num_heads * spans.length.sum()),
         kept=float(ops.count_keys(estimate.mask, num_keys=num_keys, **place).sum()),
         kept_mass=float(kept_mass.double().sum()),
+        pooled=pooled,
         prob_scale=_sum_real(estimate.prob_scale, real),
         mix_scale=_sum_real(estimate.mix_scale, real),
     )
@@ -75,6 +79,7 @@ class SparsityMonitor(RecordingCallback):
     - ``{stage}/keys_per_query``: keys that a query keeps, mean over real rows and heads,
     - ``{stage}/density``: kept keys over keys that rows may see,
     - ``{stage}/kept_mass``: share of the teacher's attention that falls on kept keys, mean over real rows and heads,
+    - ``{stage}/pooled_per_query``: with a far field, pooled runs that a query's softmax holds beside the keys,
     - ``{stage}/prob_scale`` and ``{stage}/mix_scale``: means of the gates s_prob and s_mix, where they exist,
 
     and the same per layer as ``{stage}/layer_00/keys_per_query`` and so on. In training it looks at the steps that the

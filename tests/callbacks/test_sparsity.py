@@ -64,7 +64,11 @@ def test_a_far_field_has_no_gates_to_log(distiller, loader):
     (batch,) = loader([[48, 31]])
     for teacher, student in records(module, batch):
         found = layer_sparsity(teacher, student).means()
-        assert found.keys() == {"keys_per_query", "density", "kept_mass"}
+        assert found.keys() == {"keys_per_query", "density", "kept_mass", "pooled_per_query"}
+        # Bins of one and two keys: a row's softmax holds each of its bins once, by its keys or pooled.
+        length = torch.cat([torch.arange(1, 49), torch.arange(1, 32)]).float()
+        bins = torch.where(length <= 32, length, ((length + 1) / 2).floor())
+        assert found["pooled_per_query"] < float(bins.mean()) < found["pooled_per_query"] + found["keys_per_query"]
 
 
 def test_everything_kept_is_density_one_and_all_of_the_mass(distiller, loader):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sea_kernels import far_field_attention, pooled_selection, second_look
+from sea_kernels import count_pooled, far_field_attention, pooled_selection, second_look
 from sea_kernels.far_field import reference
 from sea_kernels.masks import BinMask, RunMask, kept_keys, pack_bits, unpack_bits
 from sea_kernels.spans import row_spans
@@ -280,3 +280,26 @@ def test_errors_name_the_argument(random_qkv, change, message):
 def test_triton_is_refused(random_qkv):
     with pytest.raises(NotImplementedError, match="far_field_attention: backend='triton' was asked for"):
         far_field_attention(*random_qkv(), bins(), centre=centre_of(), causal=True, scaling=1.0, backend="triton")
+
+
+def test_pooled_runs_are_counted_by_hand():
+    """One head, 40 keys in 32 bins of two, the last row: it keeps 3 bins, or 2 pairs inside 4 bins of the first look."""
+    bins = torch.zeros(1, 1, 1, BINS, dtype=torch.bool)
+    bins[..., [0, 3, 19]] = True
+    assert count_pooled(BinMask(pack_bits(bins), BINS, "aligned"), num_keys=40, causal=True).tolist() == [[[17]]]
+    bins[..., 7] = True
+    coarse = BinMask(pack_bits(bins), BINS, "aligned")
+    runs = RunMask(torch.tensor([[[[6, 39]]]], dtype=torch.int32), width=1)
+    # 16 bins outside the first look, and 8 keys inside it of which two are kept
+    assert count_pooled(runs, coarse, num_keys=40, causal=True).tolist() == [[[16 + 6]]]
+
+
+def test_padding_rows_count_no_pooled_runs(random_qkv, padding_mask):
+    query, key, _ = random_qkv(queries=50, width=5)
+    mask = padding_mask(50, [(9, 0), (0, 21)])
+    kept, coarse = masks_of(query, key, 2, causal=True, attention_mask=mask)
+    counts = count_pooled(kept, coarse, num_keys=50, causal=True, attention_mask=mask)
+    assert not counts.transpose(1, 2)[~mask].any()
+    alone = [x[1:, :, :29] for x in (query, key)]
+    unpadded = count_pooled(*masks_of(*alone, 2, causal=True), num_keys=29, causal=True)
+    assert torch.equal(counts[1:, :, :29], unpadded)

@@ -1,5 +1,6 @@
 """Attention whose softmax holds every key: kept keys exactly, all others as pooled runs of keys (the far field)."""
 
+import torch
 from torch import Tensor
 
 from ..backend import Backend, choose_backend, fits_kernels
@@ -7,7 +8,7 @@ from ..checks import check_mask, check_qkv, check_same_device, check_shape
 from ..masks import BinMask, RunMask
 from ..spans import check_rows, row_spans
 
-__all__ = ["far_field_attention"]
+__all__ = ["count_pooled", "far_field_attention"]
 
 
 def far_field_attention(
@@ -83,6 +84,43 @@ def far_field_attention(
     return reference.far_field_attention(
         query, key, value, kept, coarse, spans, centre=centre, causal=causal, scaling=scaling
     )
+
+
+@torch.no_grad()
+def count_pooled(
+    kept: BinMask | RunMask,
+    coarse: BinMask | None = None,
+    *,
+    num_keys: int,
+    causal: bool,
+    attention_mask: Tensor | None = None,
+) -> Tensor:
+    """Number of pooled runs in every row's softmax: what :func:`far_field_attention` reads beside the kept keys.
+
+    Built a chunk of rows at a time, from masks over keys: for monitoring, not for the hot path.
+
+    Args:
+        kept, coarse: as for :func:`far_field_attention`.
+        num_keys: S; the rows are the last T of the S positions.
+        causal: whether a row sees only keys up to its own position.
+        attention_mask: bool or integer ``[N, S]``, nonzero at real keys, one contiguous run per item.
+
+    Returns:
+        int64 ``[N, H, T]``, 0 in padding rows.
+
+    Raises:
+        ValueError: if shapes, devices, layouts or the pair of masks do not fit.
+        TypeError: if ``kept`` is neither a BinMask nor a RunMask.
+    """
+    words = kept.bits if isinstance(kept, BinMask) else kept.starts
+    check_mask(kept, words.shape, causal)
+    _check_bins(kept, coarse, words, causal)
+    check_same_device(kept=words, coarse=None if coarse is None else coarse.bits, attention_mask=attention_mask)
+    from . import reference
+
+    rows = (words.shape[0], words.shape[2], num_keys)
+    spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=words.device)
+    return reference.count_pooled(kept, coarse, spans, num_keys)
 
 
 def _fits_kernel(kept: BinMask | RunMask, coarse: BinMask | None) -> bool:
