@@ -37,11 +37,16 @@ def designs() -> dict[str, Design]:
     add("512 > 64 by 4, no far field", (None, 512), (4, 64), far=None, far_centre=None)
     for width in (1, 2, 8):
         add(f"512 > 64 by {width}", (None, 512), (width, 64))
+    add("256 > 64 by 4", (None, 256), (4, 64))
+    add("256 > 64 by 2", (None, 256), (2, 64))
     add("1024 > 64 by 4", (None, 1024), (4, 64))
     add("1024 > 64 by 2", (None, 1024), (2, 64))
+    add("K = 512, 256 > 64 by 4", (None, 256), (4, 64), num_bins=512)
+    add("K = 512, 256 > 64 by 2", (None, 256), (2, 64), num_bins=512)
     add("K = 512, 512 > 64 by 4", (None, 512), (4, 64), num_bins=512)
     add("K = 512, 512 > 64 by 2", (None, 512), (2, 64), num_bins=512)
     add("K = 512, 1024 > 64 by 2", (None, 1024), (2, 64), num_bins=512)
+    add("K = 1024, 256 > 64 by 2", (None, 256), (2, 64), num_bins=1024)
     add("K = 1024, 512 > 64 by 2", (None, 512), (2, 64), num_bins=1024)
     add("1024 > 256 by 8 > 64 by 2", (None, 1024), (8, 256), (2, 64))
     add("2048 > 256 by 8 > 64 by 2", (None, 2048), (8, 256), (2, 64))
@@ -97,12 +102,15 @@ def main() -> None:
     parser.add_argument("--first_layer", type=int, default=0)
     parser.add_argument("--layer_step", type=int, default=3)
     parser.add_argument("--skip", type=int, default=0, help="tokens before the block")
+    parser.add_argument("--only", nargs="+", help="names of designs, default all")
     options = parser.parse_args()
     records, centres = record(options)
     generator = torch.Generator().manual_seed(0)
     samples = [torch.randperm(b - a, generator=generator)[:ROWS].sort()[0] + a for a, b in RANGES]
     table: list[Row] = []
     for name, design in designs().items():
+        if options.only and name not in options.only:
+            continue
         for (first, last), rows in zip(RANGES, samples, strict=True):
             errors, masses, keys = zip(
                 *(context_error(x, c, design, rows) for x, c in zip(records, centres, strict=True)), strict=True

@@ -283,7 +283,7 @@ def test_triton_is_refused(random_qkv):
 
 
 def test_pooled_runs_are_counted_by_hand():
-    """One head, 40 keys in 32 bins of two, the last row: it keeps 3 bins, or 2 pairs inside 4 bins of the first look."""
+    """The last of 40 rows, 20 bins of two keys: it keeps 3 bins, or two single keys inside 4 bins of the first look."""
     bins = torch.zeros(1, 1, 1, BINS, dtype=torch.bool)
     bins[..., [0, 3, 19]] = True
     assert count_pooled(BinMask(pack_bits(bins), BINS, "aligned"), num_keys=40, causal=True).tolist() == [[[17]]]
