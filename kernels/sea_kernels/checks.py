@@ -10,6 +10,8 @@ from .masks import BinMask, RunMask
 def check_shape(name: str, tensor: Tensor, expected: tuple[int | None, ...], meaning: str) -> None:
     """Raise ValueError unless ``tensor`` has shape ``expected`` (None matches any size)."""
     actual = tuple(tensor.shape)
+    if actual == expected:  # the usual case, without a look at each size: operations check a dozen shapes per call
+        return
     if len(actual) != len(expected) or any(e is not None and a != e for a, e in zip(actual, expected, strict=True)):
         wanted = tuple("any" if e is None else e for e in expected)
         raise ValueError(f"{name} has shape {actual}, expected {meaning} = {wanted}")

@@ -50,11 +50,12 @@ def row_spans(
         ValueError: if the shapes do not fit, or (on the CPU) if an item's real keys are not contiguous.
     """
     _check_lengths(num_queries, num_keys, causal)
-    if attention_mask is None:
+    if attention_mask is None:  # few operations: a layer builds its spans in every forward pass
         start = torch.zeros(batch, dtype=torch.int64, device=device)
-        real = torch.full((batch,), num_keys, dtype=torch.int64, device=device)
-    else:
-        start, real = _mask_span(attention_mask, batch, num_keys)
+        position = torch.arange(num_keys - num_queries, num_keys, device=device).expand(batch, -1)
+        length = position + 1 if causal else torch.full_like(position, num_keys)
+        return RowSpans(start, length, position)
+    start, real = _mask_span(attention_mask, batch, num_keys)
     position = torch.arange(num_keys - num_queries, num_keys, device=start.device) - start[:, None]
     inside = (position >= 0) & (position < real[:, None])
     length = position + 1 if causal else real[:, None].expand_as(position)

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: the valid keys of a row, aligned widths, and launching on the right device."""
+"""What the Triton kernels share: the valid keys of a row, aligned widths, sizes, and launching on the right device."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -11,6 +11,16 @@ from torch import Tensor
 def on_device(tensor: Tensor) -> AbstractContextManager:
     """Context in which kernels launch on ``tensor``'s device, which need not be the current one."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def cdiv(size: int, step: int) -> int:
+    """``size / step`` rounded up. Triton's own function also takes constants of kernels and needs microseconds."""
+    return -(-size // step)
+
+
+def next_power_of_2(size: int) -> int:
+    """Smallest power of two that is at least ``size``, itself at least 1. Faster than Triton's own, as ``cdiv`` is."""
+    return 1 << (size - 1).bit_length()
 
 
 def with_dense_rows(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .masks import BinMask, RunMask
-from .triton_common import aligned_level, count_levels, group_rows, item_span, row_span
+from .triton_common import aligned_level, cdiv, count_levels, group_rows, item_span, next_power_of_2, row_span
 
 BLOCK_ROWS = 16  # one tile of the matrix units, and one bit each in 16 bits of an entry
 RELATIVE_TILE = 16  # keys of a tile where rows have edges of their own
@@ -60,14 +60,14 @@ class EntryLists:
         self.unit, self.stride = unit, stride
         self.source = (mask.bits if isinstance(mask, BinMask) else mask.starts).contiguous()
         self.batch, self.heads, self.num_queries, self.slots = self.source.shape
-        self.num_groups = self.num_queries if stride == 1 else triton.cdiv(self.num_queries, stride) + 1
+        self.num_groups = self.num_queries if stride == 1 else cdiv(self.num_queries, stride) + 1
         self.relative = isinstance(mask, BinMask) and mask.layout == "relative"
         if self.relative:
             self.capacity = mask.num_bins
         elif isinstance(mask, BinMask):
             # A block may hold rows of several widths; the wider bins are then listed as entries of the smallest.
             spread = BLOCK_ROWS * stride
-            widths = 1 + triton.cdiv(spread, mask.num_bins).bit_length()
+            widths = 1 + cdiv(spread, mask.num_bins).bit_length()
             self.capacity = widths * (mask.num_bins + spread)
         else:
             window = (mask.window + mask.stride + BLOCK_ROWS) // mask.width + 3
@@ -75,7 +75,7 @@ class EntryLists:
 
     def chunks(self) -> list[tuple[int, int]]:
         """(first block, number of blocks) of every launch."""
-        return self.split(triton.cdiv(self.num_groups, BLOCK_ROWS))
+        return self.split(cdiv(self.num_groups, BLOCK_ROWS))
 
     def split(self, blocks: int, bytes_per_block: int = 0) -> list[tuple[int, int]]:
         """The first ``blocks`` blocks in launches, if a block takes ``bytes_per_block`` beside its list."""
@@ -93,13 +93,13 @@ class EntryLists:
         flags["HAS_PADDING"] = self.spans is not None
         mask = self.mask
         if isinstance(mask, RunMask):
-            slots = triton.next_power_of_2(max(1, self.slots))
+            slots = next_power_of_2(max(1, self.slots))
             windowed = mask.window > 0 or mask.stride > 1
             sizes = {"WIDTH": mask.width, "LEVEL": mask.width.bit_length() - 1, "HAS_WINDOW": windowed}
             sizes |= {"SLOTS": self.slots, "SLOTS_PADDED": slots}
             _list_runs_kernel[grid](*args, mask.window, mask.stride, **sizes, **flags, num_warps=1)
             return Entries(entries, meta, first_block)
-        sizes = {"NUM_BINS": mask.num_bins, "WORDS_PADDED": triton.next_power_of_2(mask.num_bins // 32)}
+        sizes = {"NUM_BINS": mask.num_bins, "WORDS_PADDED": next_power_of_2(mask.num_bins // 32)}
         if self.relative:
             sizes["HAS_SHIFT"] = mask.shift != 0
             _list_relative_kernel[grid](*args, mask.shift, **sizes, **flags, TILE=RELATIVE_TILE, num_warps=1)

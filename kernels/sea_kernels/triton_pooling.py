@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import item_span
+from .triton_common import cdiv, item_span, next_power_of_2
 
 TILE_KEYS = 64  # keys that one program pools at a time
 
@@ -40,7 +40,7 @@ def pool_bins(
         heads // groups,
         scaling,
         HEAD_DIM=head_dim,
-        HEAD_PADDED=triton.next_power_of_2(head_dim),
+        HEAD_PADDED=next_power_of_2(head_dim),
         PARTS=parts,
         NUM_BINS=num_bins,
         HAS_PADDING=spans is not None,
@@ -61,10 +61,10 @@ def pool_runs(
     """Near and far vectors of all runs of ``width`` keys: ``[N, H, S / width, 1 or 2, D]`` in key's dtype."""
     batch, groups, num_keys, head_dim = key.shape
     parts = 1 if bound_weight is None else 2
-    num_runs = triton.cdiv(num_keys, width)
+    num_runs = cdiv(num_keys, width)
     pooled = key.new_empty(batch, heads, num_runs, parts, head_dim)
     runs = max(1, TILE_KEYS // width)
-    _pool_runs_kernel[(triton.cdiv(num_runs, runs), groups, batch)](
+    _pool_runs_kernel[(cdiv(num_runs, runs), groups, batch)](
         key,
         pooled,
         spans,
@@ -76,7 +76,7 @@ def pool_runs(
         heads // groups,
         scaling,
         HEAD_DIM=head_dim,
-        HEAD_PADDED=triton.next_power_of_2(head_dim),
+        HEAD_PADDED=next_power_of_2(head_dim),
         PARTS=parts,
         RUNS=runs,
         WIDTH=width,

@@ -75,9 +75,10 @@ def far_field_attention(
     check_rows(*rows, causal=causal, attention_mask=attention_mask)
     exists = fits_kernels(query, value) and _fits_kernel(kept, coarse)
     if choose_backend(backend, query, triton_exists=exists, operation="far_field_attention") == "triton":
-        from .gradient import TritonFarField
+        from . import gradient
 
-        return TritonFarField.apply(query, key, value, centre, kept, coarse, attention_mask, causal, scaling)
+        place = {"causal": causal, "scaling": scaling, "attention_mask": attention_mask}
+        return gradient.far_field_attention(query, key, value, kept, coarse, centre=centre, **place)
     from . import reference
 
     spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)

@@ -4,8 +4,28 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..chunks import is_differentiated
 from ..masks import BinMask, RunMask
 from . import triton, triton_backward
+
+
+def far_field_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kept: BinMask | RunMask,
+    coarse: BinMask | None,
+    *,
+    centre: Tensor,
+    causal: bool,
+    scaling: float,
+    attention_mask: Tensor | None,
+) -> Tensor:
+    """See :func:`sea_kernels.far_field_attention`."""
+    if is_differentiated(query, key, value, centre):
+        return TritonFarField.apply(query, key, value, centre, kept, coarse, attention_mask, causal, scaling)
+    place = {"causal": causal, "scaling": scaling, "attention_mask": attention_mask}
+    return triton.far_field_attention(query, key, value, kept, coarse, centre=centre, **place)[0]
 
 
 class TritonFarField(torch.autograd.Function):

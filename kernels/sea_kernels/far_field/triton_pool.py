@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import item_span
+from ..triton_common import cdiv, item_span, next_power_of_2
 
 POOL_KEYS = 64  # keys that one program pools at a time
 
@@ -40,7 +40,7 @@ def pool(
     offsets = torch.empty(batch, heads, count, dtype=torch.float32, device=key.device)
     runs = 1 if num_bins else max(1, POOL_KEYS >> level)
     warps = 4 if max(head_dim, value_dim) <= 64 else 8
-    _pool_kernel[(triton.cdiv(count, runs), heads, batch)](
+    _pool_kernel[(cdiv(count, runs), heads, batch)](
         key,
         value,
         centre.contiguous(),
@@ -55,8 +55,8 @@ def pool(
         heads // groups,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
-        HEAD_PADDED=triton.next_power_of_2(head_dim),
-        VALUE_PADDED=triton.next_power_of_2(value_dim),
+        HEAD_PADDED=next_power_of_2(head_dim),
+        VALUE_PADDED=next_power_of_2(value_dim),
         NUM_BINS=num_bins,
         LEVEL=level,
         RUNS=runs,

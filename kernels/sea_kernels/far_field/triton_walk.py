@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..masks import BinMask, RunMask
-from ..triton_common import count_levels, item_spans
+from ..triton_common import cdiv, count_levels, item_spans, next_power_of_2
 from ..triton_entries import BLOCK_ROWS, Entries, EntryLists
 from .triton_pool import Pool, pool
 
@@ -54,7 +54,7 @@ class Walk:
         self.levels = count_levels(self.num_keys, self.bins.num_bins)
         self.width = kept.width if self.looks_twice else 1
         self.stride = kept.stride if self.looks_twice else 1
-        self.num_runs = triton.cdiv(self.num_keys, self.width)
+        self.num_runs = cdiv(self.num_keys, self.width)
         self.near = EntryLists(kept, self.num_keys, causal, self.spans)
         self.inside = EntryLists(self.bins, self.num_keys, causal, self.spans, unit=self.width)
 
@@ -67,7 +67,7 @@ class Walk:
 
     def launches(self) -> Iterator[tuple[Entries, Entries]]:
         """Lists of what the blocks of one launch keep, and of the bins inside which their runs lie."""
-        for launch in self.near.split(triton.cdiv(self.num_queries, BLOCK_ROWS), 8 * self.inside.capacity):
+        for launch in self.near.split(cdiv(self.num_queries, BLOCK_ROWS), 8 * self.inside.capacity):
             near = self.near.build(*launch)
             yield near, self.inside.build(*launch) if self.looks_twice else near
 
@@ -121,8 +121,8 @@ class Walk:
         return {
             "HEAD_DIM": self.head_dim,
             "VALUE_DIM": self.value_dim,
-            "HEAD_PADDED": max(16, triton.next_power_of_2(self.head_dim)),
-            "VALUE_PADDED": max(16, triton.next_power_of_2(self.value_dim)),
+            "HEAD_PADDED": max(16, next_power_of_2(self.head_dim)),
+            "VALUE_PADDED": max(16, next_power_of_2(self.value_dim)),
             "NUM_BINS": self.bins.num_bins,
             "WIDTH": self.width,
             "WIDTH_LEVEL": self.width.bit_length() - 1,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import item_span, item_spans, on_device, row_span, with_dense_rows
+from ..triton_common import cdiv, item_span, item_spans, next_power_of_2, on_device, row_span, with_dense_rows
 
 CHUNK = 64  # keys per program
 COLUMNS = 16  # of the values, whose running sum one program takes: few programs would leave a GPU idle
@@ -17,13 +17,13 @@ def mix_average(context: Tensor, value: Tensor, mix: Tensor, attention_mask: Ten
     groups, num_keys = value.shape[1:3]
     spans = item_spans(attention_mask)
     context, value, mix = with_dense_rows(context), with_dense_rows(value), mix.contiguous()
-    chunks = triton.cdiv(num_keys, CHUNK)
+    chunks = cdiv(num_keys, CHUNK)
     sums = value.new_empty(batch, groups, chunks, width, dtype=torch.float32)
     out = torch.empty(context.shape, dtype=context.dtype, device=context.device)
-    sizes = {"WIDTH": width, "PADDED": triton.next_power_of_2(width), "CHUNK": CHUNK, "HAS_PADDING": spans is not None}
+    sizes = {"WIDTH": width, "PADDED": next_power_of_2(width), "CHUNK": CHUNK, "HAS_PADDING": spans is not None}
     with on_device(context):
         _sum_kernel[(chunks, groups, batch)](value, sums, spans, *value.stride()[:3], num_keys, **sizes)
-        _prefix_kernel[(triton.cdiv(width, COLUMNS), batch * groups)](sums, chunks, WIDTH=width, COLUMNS=COLUMNS)
+        _prefix_kernel[(cdiv(width, COLUMNS), batch * groups)](sums, chunks, WIDTH=width, COLUMNS=COLUMNS)
         first_chunk = (num_keys - num_queries) // CHUNK  # earlier chunks hold cached keys only
         _mix_kernel[(chunks - first_chunk, heads, batch)](
             context,

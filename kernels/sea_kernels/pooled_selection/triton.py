@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ..triton_common import (
     aligned_level,
+    cdiv,
     count_levels,
     group_rows,
     item_span,
     item_spans,
+    next_power_of_2,
     on_device,
     row_span,
     with_dense_rows,
@@ -49,8 +51,8 @@ def pooled_selection(
     block = 64 if query.element_size() < 4 else 32
     with on_device(query):
         pooled = pool_bins(key, heads, num_bins, levels, spans, scaling, mean_weight, bound_weight)
-        groups = triton.cdiv(num_queries, stride) + (stride > 1)
-        _select_kernel[(triton.cdiv(groups, block), heads, batch)](
+        groups = cdiv(num_queries, stride) + (stride > 1)
+        _select_kernel[(cdiv(groups, block), heads, batch)](
             query,
             pooled,
             bits.view(torch.int16),
@@ -62,10 +64,10 @@ def pooled_selection(
             k,
             stride,
             HEAD_DIM=head_dim,
-            CHUNK=min(64, max(16, triton.next_power_of_2(head_dim))),
+            CHUNK=min(64, max(16, next_power_of_2(head_dim))),
             PARTS=pooled.shape[4],
             NUM_BINS=num_bins,
-            BINS_PADDED=triton.next_power_of_2(num_bins),
+            BINS_PADDED=next_power_of_2(num_bins),
             ROWS=block,
             CAUSAL=causal,
             HAS_PADDING=spans is not None,

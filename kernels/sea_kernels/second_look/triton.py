@@ -14,13 +14,24 @@ import triton.language as tl
 from torch import Tensor
 
 from ..masks import BinMask
-from ..triton_common import count_levels, group_rows, item_span, item_spans, on_device, row_span, with_dense_rows
+from ..triton_common import (
+    cdiv,
+    count_levels,
+    group_rows,
+    item_span,
+    item_spans,
+    next_power_of_2,
+    on_device,
+    row_span,
+    with_dense_rows,
+)
 from ..triton_entries import BLOCK_ROWS, EntryLists
 from ..triton_pooling import pool_runs
 from ..triton_ranking import threshold, tie_cut
 
 TILE_RUNS = 32  # runs scored at a time
 SLOTS_PER_WARP = 128  # candidates of a row that one warp holds in registers
+FEW_BLOCKS = 32  # fewer of them join the next launch: launching costs more than the slots that they do not need
 
 
 def second_look(
@@ -73,12 +84,12 @@ def second_look(
                 stride,
                 pooled.shape[2],
                 HEAD_DIM=query.shape[-1],
-                HEAD_PADDED=max(16, triton.next_power_of_2(query.shape[-1])),
+                HEAD_PADDED=max(16, next_power_of_2(query.shape[-1])),
                 PARTS=pooled.shape[3],
                 CAPACITY=lists.capacity,
                 SLOTS=slots,
                 KEPT=capacity,
-                KEPT_PADDED=triton.next_power_of_2(capacity),
+                KEPT_PADDED=next_power_of_2(capacity),
                 ROWS=BLOCK_ROWS,
                 TILE=TILE_RUNS,
                 WIDTH=width,
@@ -107,15 +118,15 @@ def _launches(lists: EntryLists, coarse: BinMask, num_queries: int, width: int) 
         cached = num_keys - num_queries
         rows = [max(0, (num_bins << level) - cached) for level in range(levels - 1)]
         edges = {0} | {row // (stride * BLOCK_ROWS) for row in rows if row < num_queries}
-    blocks = triton.cdiv(lists.num_groups, BLOCK_ROWS)
+    blocks = cdiv(lists.num_groups, BLOCK_ROWS)
     launches = []
     for first, last in itertools.pairwise([*sorted(edges), blocks]):
         longest = min(num_keys, num_keys - num_queries + last * stride * BLOCK_ROWS)
         shortest = num_keys - num_queries + max(0, first * BLOCK_ROWS - 1) * stride + 1 if first else 1
         wanted = max(bounds[count_levels(shortest, num_bins) - 1 : count_levels(longest, num_bins)])
-        slots = max(16, triton.next_power_of_2(wanted))
-        if launches and launches[-1][2] == slots:
-            launches[-1] = (launches[-1][0], last - launches[-1][0], slots)
+        slots = max(16, next_power_of_2(wanted))
+        if launches and (launches[-1][2] == slots or launches[-1][1] < FEW_BLOCKS):
+            launches[-1] = (launches[-1][0], last - launches[-1][0], max(slots, launches[-1][2]))
         else:
             launches.append((first, last - first, slots))
     return [
@@ -129,7 +140,7 @@ def _most_candidates(coarse: BinMask, bin_width: int, width: int, num_keys: int)
     """Runs that a row with bins of ``bin_width`` keys can choose from, at most."""
     most = coarse.num_bins if coarse.budget is None else min(coarse.num_bins, coarse.budget.most_bins(bin_width))
     per_bin = max(1, bin_width // width)
-    return min(most * per_bin, triton.cdiv(min(num_keys, coarse.num_bins * bin_width), width))
+    return min(most * per_bin, cdiv(min(num_keys, coarse.num_bins * bin_width), width))
 
 
 @triton.jit

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..masks import BinMask, RunMask
-from ..triton_common import item_span, item_spans, on_device, row_span, with_dense_rows
+from ..triton_common import item_span, item_spans, next_power_of_2, on_device, row_span, with_dense_rows
 from ..triton_entries import BLOCK_ROWS, RELATIVE_TILE, Entries, EntryLists, relative_start
 
 LOG2E = 1.4426950408889634
@@ -75,8 +75,8 @@ def _attend(query, key, value, output, lists: EntryLists, entries: Entries, scal
         mask.shift if relative else 0,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
-        HEAD_PADDED=max(16, triton.next_power_of_2(head_dim)),
-        VALUE_PADDED=max(16, triton.next_power_of_2(value_dim)),
+        HEAD_PADDED=max(16, next_power_of_2(head_dim)),
+        VALUE_PADDED=max(16, next_power_of_2(value_dim)),
         CAPACITY=lists.capacity,
         NUM_BINS=mask.num_bins if relative else 32,
         ROWS=BLOCK_ROWS,
