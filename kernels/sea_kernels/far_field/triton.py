@@ -1,8 +1,8 @@
 """Triton form of the far field (forward).
 
-Pooled keys and values of all aligned bins and of the second look's runs are computed once per query head. Then a block
-of 16 rows walks three things with one running softmax: the entries that its rows keep (see ``triton_entries.py``), the
-runs inside their coarse bins that they do not keep, and the K bins of their width outside of those.
+Pooled keys and values of all aligned bins and of the second look's runs are computed once per query head. A row's
+running softmax begins with the bins of its width that are not split (``triton_bins.py``). From there a block of 16 rows
+walks the entries that its rows keep (see ``triton_entries.py``) and the runs inside their coarse bins that they do not.
 """
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..masks import BinMask, RunMask
 from ..triton_common import aligned_level, item_span, on_device, row_span, with_dense_rows
-from .triton_walk import Walk, inside_runs, near_keys, sorted_entries, unsplit_bins, window_begin
+from .triton_bins import attend_to_bins
+from .triton_walk import Walk, accumulate, inside_runs, near_keys, sorted_entries, unsplit_bins, window_begin
 
 
 def far_field_attention(
@@ -39,6 +40,7 @@ def far_field_attention(
     log_sums = torch.empty(rows, dtype=torch.float32, device=query.device)
     with on_device(query):
         pools = walk.pools()
+        attend_to_bins(walk, pools[0], output, log_sums)
         for near, inside in walk.launches():
             _far_field_kernel[(near.meta.shape[1], walk.batch * walk.heads)](
                 query,
@@ -54,18 +56,6 @@ def far_field_attention(
                 maxnreg=168,  # as in the second look
             )
     return output, log_sums
-
-
-@triton.jit
-def _accumulate(scores, keep, b_v, highest, total, acc, PRECISION: tl.constexpr):
-    """One step of the running softmax."""
-    scores = tl.where(keep, scores, float("-inf"))
-    new_highest = tl.maximum(highest, tl.max(scores, 1))
-    weights = tl.exp2(scores - new_highest[:, None])
-    rescale = tl.exp2(highest - new_highest)
-    total = total * rescale + tl.sum(weights, 1)
-    acc = acc * rescale[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision=PRECISION)
-    return new_highest, total, acc
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels", "num_runs", "stride", "scale"])
@@ -135,9 +125,11 @@ def _far_field_kernel(
     m_dim, m_value = (o_dim < HEAD_DIM)[:, None], (o_value < VALUE_DIM)[None, :]
     p_q = Q + item * q_item + head * q_head + rows.to(tl.int64)[:, None] * q_row + o_dim[None, :]
     b_q = tl.load(p_q, mask=m_row[:, None] & (o_dim < HEAD_DIM)[None, :], other=0.0)  # [ROWS, HEAD]
-    highest = tl.full([ROWS], -1e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
+    p_sum = LOG_SUM + item_head * num_queries + rows
+    p_out = OUT + (item_head * num_queries + rows)[:, None] * VALUE_DIM + o_value[None, :]
+    highest = tl.load(p_sum, mask=m_row, other=-1e30)  # what the rows have of their bins
+    total = tl.where(highest > -1e29, 1.0, 0.0)
+    acc = tl.load(p_out, mask=m_row[:, None] & m_value, other=0.0).to(tl.float32)  # [ROWS, VALUE]
 
     # The keys that rows keep.
     K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
@@ -154,7 +146,7 @@ def _far_field_kernel(
         p_v = V + o_key.to(tl.int64)[:, None] * v_row + o_value[None, :]
         b_v = tl.load(p_v, mask=m_key[:, None] & m_value, other=0.0)  # [TILE, VALUE]
         scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale
-        highest, total, acc = _accumulate(scores, keep, b_v, highest, total, acc, PRECISION)
+        highest, total, acc = accumulate(scores, keep, b_v, highest, total, acc, PRECISION)
 
     # The runs in their coarse bins that rows do not keep.
     begin = window_begin(position, length, stride, WIDTH, HAS_WINDOW)
@@ -177,32 +169,30 @@ def _far_field_kernel(
             b_v = tl.load(p_v, mask=m_run[:, None] & m_value, other=0.0)
             offset = tl.load(RUN_OFFSET + run, mask=m_run, other=0.0) * LOG2E
             scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale + offset[None, :]
-            highest, total, acc = _accumulate(scores, far, b_v, highest, total, acc, PRECISION)
+            highest, total, acc = accumulate(scores, far, b_v, highest, total, acc, PRECISION)
 
-    # The bins of each row's width that are not split.
-    low = tl.min(tl.where(length > 0, level, 31))
-    high = tl.max(level)
-    longest = tl.max(length)
-    BIN_K += item_head * num_levels * (NUM_BINS * HEAD_DIM)
-    BIN_V += item_head * num_levels * (NUM_BINS * VALUE_DIM)
-    BIN_OFFSET += item_head * num_levels * NUM_BINS
-    p_word = BITS + (item_head * num_queries + rows) * (NUM_BINS // 32)
-    for current in range(low, high + 1):
-        m_level = (length > 0) & (level == current)
-        used = tl.minimum((longest + (1 << current) - 1) >> current, NUM_BINS)
-        for word in range(0, (used + 31) // 32):
-            far = unsplit_bins(
-                p_word, ENTRIES, count, word, current, m_level, length, begin,
-                WIDTH, WIDTH_LEVEL, LOOKS_TWICE, SEARCH_STEPS, ROWS, TILE,
-            )  # fmt: skip
-            bin_ = current * NUM_BINS + word * TILE + o_tile
-            b_k = tl.load(BIN_K + bin_[None, :] * HEAD_DIM + o_dim[:, None], mask=m_dim, other=0.0)
-            b_v = tl.load(BIN_V + bin_[:, None] * VALUE_DIM + o_value[None, :], mask=m_value, other=0.0)
-            offset = tl.load(BIN_OFFSET + bin_) * LOG2E
-            scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale + offset[None, :]
-            highest, total, acc = _accumulate(scores, far, b_v, highest, total, acc, PRECISION)
+        # Bins within runs: the list says which of them a row keeps.
+        low = tl.min(tl.where(length > 0, level, 31))
+        longest = tl.max(length)
+        BIN_K += item_head * num_levels * (NUM_BINS * HEAD_DIM)
+        BIN_V += item_head * num_levels * (NUM_BINS * VALUE_DIM)
+        BIN_OFFSET += item_head * num_levels * NUM_BINS
+        p_word = BITS + (item_head * num_queries + rows) * (NUM_BINS // 32)
+        for current in range(low, tl.minimum(tl.max(level), WIDTH_LEVEL) + 1):
+            m_level = (length > 0) & (level == current)
+            used = tl.minimum((longest + (1 << current) - 1) >> current, NUM_BINS)
+            for word in range(0, (used + 31) // 32):
+                far = unsplit_bins(
+                    p_word, ENTRIES, count, word, current, m_level, length, begin,
+                    WIDTH, WIDTH_LEVEL, LOOKS_TWICE, SEARCH_STEPS, ROWS, TILE,
+                )  # fmt: skip
+                bin_ = current * NUM_BINS + word * TILE + o_tile
+                b_k = tl.load(BIN_K + bin_[None, :] * HEAD_DIM + o_dim[:, None], mask=m_dim, other=0.0)
+                b_v = tl.load(BIN_V + bin_[:, None] * VALUE_DIM + o_value[None, :], mask=m_value, other=0.0)
+                offset = tl.load(BIN_OFFSET + bin_) * LOG2E
+                scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale + offset[None, :]
+                highest, total, acc = accumulate(scores, far, b_v, highest, total, acc, PRECISION)
 
     total = tl.where(total == 0.0, 1.0, total)
-    p_out = OUT + (item_head * num_queries + rows)[:, None] * VALUE_DIM + o_value[None, :]
     tl.store(p_out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=m_row[:, None] & m_value)
-    tl.store(LOG_SUM + item_head * num_queries + rows, highest + tl.log2(total), mask=m_row)
+    tl.store(p_sum, highest + tl.log2(total), mask=m_row)

@@ -133,12 +133,16 @@ class Walk:
             "PRECISION": "ieee" if self.query.dtype == torch.float32 else "tf32",
         }
 
+    def rows_per_program(self) -> int:
+        """Rows that the kernels take at a time whose rows share no list; wider ones are fewer."""
+        return max(16, min(64, 8192 // self.row_bytes))
+
     def row_sizes(self) -> dict:
-        """Constants and launch parameters of the kernels that sum over rows; wider rows are fewer at a time."""
+        """Constants and launch parameters of the kernels that sum over rows."""
         half = self.query.itemsize == 2
         return {
             "SLOTS": self.near.slots,
-            "ROWS": max(16, min(64, 8192 // self.row_bytes)),
+            "ROWS": self.rows_per_program(),
             "TILE": TILE,
             "num_warps": 4,
             "maxnreg": 128 if half else None,  # a few spilled registers cost less than idle warps
@@ -179,6 +183,18 @@ def load_columns(P, o_column, m_column, row_stride, DIM: tl.constexpr, PADDED: t
     o_dim = tl.arange(0, PADDED)
     p_column = P + o_column.to(tl.int64)[:, None] * row_stride + o_dim[None, :]
     return tl.load(p_column, mask=m_column[:, None] & (o_dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def accumulate(scores, keep, b_v, highest, total, acc, PRECISION: tl.constexpr):
+    """One step of the running softmax over scores in units of log 2."""
+    scores = tl.where(keep, scores, float("-inf"))
+    new_highest = tl.maximum(highest, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_highest[:, None])
+    rescale = tl.exp2(highest - new_highest)
+    total = total * rescale + tl.sum(weights, 1)
+    acc = acc * rescale[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision=PRECISION)
+    return new_highest, total, acc
 
 
 @triton.jit
