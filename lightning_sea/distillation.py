@@ -71,6 +71,16 @@ class DistillationConfig:
         """The paper's weights for OPT on WikiText-2."""
         return cls(**{"hidden": 5.0, "logit": 0.2, "relative": False, **changes})
 
+    @property
+    def compares_maps(self) -> bool:
+        """Whether a loss compares attention maps."""
+        return bool(self.est_kl or self.est_mse or self.attn_kl or self.attn_mse)
+
+    @property
+    def compares_layers(self) -> bool:
+        """Whether a loss needs records of the attention layers."""
+        return self.compares_maps or bool(self.context)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for checkpoints."""
         return dataclasses.asdict(self)
@@ -168,6 +178,16 @@ def logit_loss(teacher: Tensor, student: Tensor, real: Tensor | None = None) -> 
         return (student - teacher).square().mean()
     divergence = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="none", log_target=True).sum(-1)
     return mean_over_rows(divergence, real) if divergence.dim() > 1 else divergence.mean()
+
+
+def only_what_losses_read(teacher: LayerRecord, config: DistillationConfig) -> LayerRecord:
+    """The teacher's record without the tensors that ``layer_losses`` does not read; None stands for them."""
+    unread = ["value"]
+    if not config.compares_maps:
+        unread += ["query", "key"]
+    if not config.context:
+        unread.append("context")
+    return dataclasses.replace(teacher, **dict.fromkeys(unread))
 
 
 def layer_losses(teacher: LayerRecord, student: LayerRecord, config: DistillationConfig) -> dict[str, Tensor]:

@@ -20,7 +20,7 @@ IMPLEMENTATION = "sea"
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One attention layer during one forward pass.
+    """One attention layer during one forward pass. None stands for tensors that were dropped because nobody reads them.
 
     Attributes:
         query: ``[N, H, T, D]``; key, value: ``[N, G, S, D]``, as the host handed them to attention.

@@ -1,6 +1,8 @@
 """Training common to all tasks: teacher, losses, two stages, optimiser, checkpoints."""
 
 import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -19,6 +21,7 @@ from ..distillation import (
     layer_losses,
     logit_loss,
     mean_over_layers,
+    only_what_losses_read,
     weighted_sum,
 )
 from ..recorder import AttentionRecorder, LayerRecord
@@ -268,11 +271,17 @@ class DistillationModule(LightningModule):
     def _all_losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Second stage: student and teacher side by side."""
         config, want_hidden = self.distillation, bool(self.distillation.hidden)
-        with torch.no_grad(), AttentionRecorder(self.teacher) as teacher_layers:
+        teacher_layers: list[LayerRecord] = []
+        student_layers: list[LayerRecord] = []
+
+        def keep(record: LayerRecord) -> None:
+            teacher_layers.append(record if self.keep_records else only_what_losses_read(record, config))
+
+        with torch.no_grad(), self._recording(self.teacher, keep):
             teacher = self._forward(self.teacher, batch, output_hidden_states=want_hidden)
-        with AttentionRecorder(self.student) as student_layers:
+        with self._recording(self.student, student_layers.append):
             student = self._forward(self.student, batch, output_hidden_states=want_hidden)
-        pairs = list(zip(teacher_layers.records, student_layers.records, strict=True))
+        pairs = list(zip(teacher_layers, student_layers, strict=True))
         losses = mean_over_layers([layer_losses(t, s, config) for t, s in pairs])
         if want_hidden:
             real = batch["attention_mask"].bool() if "attention_mask" in batch else None
@@ -285,6 +294,11 @@ class DistillationModule(LightningModule):
             self.layer_records = pairs
         losses = {name: loss for name, loss in losses.items() if getattr(config, name)}
         return losses, weighted_sum(losses, config)
+
+    def _recording(self, model: PreTrainedModel, keep: Callable[[LayerRecord], None]) -> AbstractContextManager:
+        """Context in which ``keep`` gets the records of ``model``, if a loss or a callback wants them."""
+        wanted = self.keep_records or self.distillation.compares_layers
+        return AttentionRecorder(model, keep) if self.distils and wanted else nullcontext()
 
     def _with_all_parameters(self, loss: Tensor) -> Tensor:
         """Tie parameters that this step does not use to the loss, when there are several processes.
