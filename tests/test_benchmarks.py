@@ -160,7 +160,8 @@ def test_rows_of_a_layer(fake_device, monkeypatch):
     assert rows["sparse_attention"]["sdpa_ratio"] == 2.0
 
 
-@pytest.mark.parametrize("gradient_checkpointing", [False])
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
 def test_rows_of_a_model(fake_device, monkeypatch, gradient_checkpointing):
     sizes = {"vocab_size": 31, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2}
     for name, value in {**sizes, "num_attention_heads": 2}.items():

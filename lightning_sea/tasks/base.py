@@ -281,6 +281,11 @@ class DistillationModule(LightningModule):
             teacher = self._forward(self.teacher, batch, output_hidden_states=want_hidden)
         with self._recording(self.student, student_layers.append):
             student = self._forward(self.student, batch, output_hidden_states=want_hidden)
+        if student_layers and not student_layers[-1].context.requires_grad:
+            raise ValueError(
+                "the student's layers run without gradients, as with gradient checkpointing and use_reentrant=True: "
+                "pass gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
         pairs = list(zip(teacher_layers, student_layers, strict=True))
         losses = mean_over_layers([layer_losses(t, s, config) for t, s in pairs])
         if want_hidden:
@@ -299,6 +304,12 @@ class DistillationModule(LightningModule):
         """Context in which ``keep`` gets the records of ``model``, if a loss or a callback wants them."""
         wanted = self.keep_records or self.distillation.compares_layers
         return AttentionRecorder(model, keep) if self.distils and wanted else nullcontext()
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        # With gradient checkpointing, layers run again here: they must find what they found in the forward pass.
+        again = any(getattr(module, "gradient_checkpointing", False) for module in self.student.modules())
+        with self._recording(self.student, lambda record: None) if again else nullcontext():
+            super().backward(loss, *args, **kwargs)
 
     def _with_all_parameters(self, loss: Tensor) -> Tensor:
         """Tie parameters that this step does not use to the loss, when there are several processes.

@@ -1,4 +1,4 @@
-"""What training keeps in memory, and what saves some: records, gradient accumulation."""
+"""What training keeps in memory, and what saves some: records, gradient checkpointing, gradient accumulation."""
 
 import pytest
 import torch
@@ -6,10 +6,20 @@ from lightning.pytorch import Callback, Trainer
 from tiny import RandomData
 
 from lightning_sea.attention import SEAAttention
+from lightning_sea.config import SEAConfig
 from lightning_sea.distillation import DistillationConfig
 from lightning_sea.tasks import CausalLMModule, GLUEModule, OptimizerConfig, base
 
 NO_LAYERS = dict.fromkeys(("est_kl", "est_mse", "attn_kl", "attn_mse", "context"), 0.0)
+JITTERED = SEAConfig(
+    k=4,
+    predictor_length=32,
+    bins="relative",
+    decoder="conv",
+    first_look_ratio=1,
+    average_context="mean",
+    jitter_probability=1.0,
+)
 
 
 class FirstGradients(Callback):
@@ -54,6 +64,41 @@ def fit(module, data, tmp_path, steps=2, **options) -> dict[str, torch.Tensor]:
     )
     trainer.fit(module, data)
     return first.grads
+
+
+def checkpoint(module, *, use_reentrant=False):
+    module.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    return module
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.parametrize("method", ["sea", "jittered", "no layer losses", "dense", "first stage"])
+def test_gradient_checkpointing_changes_no_gradient(build, sea, tmp_path, method):
+    arguments = {
+        "sea": {"sea": sea},
+        "jittered": {"sea": JITTERED},  # the second run of a layer has to draw the same edges
+        "no layer losses": {"sea": sea, "distillation": DistillationConfig(**NO_LAYERS)},
+        "dense": {"attention": "dense", "teacher": build.directory},
+        "first stage": {"sea": sea, "estimator_steps": 1},
+    }[method]
+    expected = fit(build(**arguments), build.data(), tmp_path)
+    module = checkpoint(build(**arguments))
+    runs = []
+    for layer in (layer for layer in module.student.modules() if isinstance(layer, SEAAttention)):
+        layer.register_forward_hook(lambda *_: runs.append(1))
+    actual = fit(module, build.data(), tmp_path)
+    assert actual.keys() == expected.keys()
+    assert all(torch.equal(grad, expected[name]) for name, grad in actual.items())
+    if method != "dense":  # two layers, each forward and again in every step of the second stage
+        assert len(runs) == (4 if method == "first stage" else 8)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable. is deprecated")
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+def test_gradient_checkpointing_that_would_lose_gradients_is_refused(build, sea, tmp_path):
+    module = checkpoint(build(sea=sea), use_reentrant=True)
+    with pytest.raises(ValueError, match="'use_reentrant': False"):
+        fit(module, build.data(), tmp_path)
 
 
 @pytest.mark.parametrize("estimator_steps", [0, 1])
