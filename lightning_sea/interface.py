@@ -41,6 +41,7 @@ class LayerRecord:
     estimate: Estimate | None
 
 
+@torch.compiler.disable
 def sea_attention(
     module: nn.Module,
     query: Tensor,
@@ -52,6 +53,10 @@ def sea_attention(
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Attention function: SEA in converted layers, plain softmax attention in the others.
+
+    ``torch.compile`` does not look into it: the layers around it compile to one graph before and one after each call,
+    so that ``fullgraph=True`` is not possible. Of a model that is compiled as a whole, ``sea_mask`` needs an
+    attention mask (all ones without padding); a model whose layers are compiled one by one does not.
 
     Args:
         module: the host's attention module; SEA is its submodule ``sea``.
@@ -81,6 +86,7 @@ def sea_attention(
     return context, None
 
 
+@torch.compiler.disable
 def sea_mask(
     batch_size: int,
     q_length: int,
@@ -97,7 +103,8 @@ def sea_mask(
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         raise ValueError(
             "attention_mask or position_ids ask for more than causal or bidirectional attention with padding (packed "
-            "sequences, a sliding window, …), which SEA does not build; pass one padded sequence per row"
+            "sequences, a sliding window, …), which SEA does not build; pass one padded sequence per row (to a model "
+            "that is compiled as a whole with its attention_mask, also where that is all ones)"
         )
     if attention_mask is None:
         return None
