@@ -1,0 +1,79 @@
+"""The report's table of GLUE and IMDb: mean and spread over seeds."""
+
+import statistics
+
+from report_rows import NONE, TITLES, Results, Row, mean, missing, number, select, spread, table
+
+Runs = dict[str, dict]
+
+
+def variant(row: Row) -> str:
+    """What tells the methods of a task apart: the teacher has no variant."""
+    return row.get("variant") or row["method"]
+
+
+def variants(runs: Runs) -> list[str]:
+    """The teacher and the methods of all runs, in the order of the configuration."""
+    return list(dict.fromkeys(["teacher", *(name for settings in runs.values() for name in settings["methods"])]))
+
+
+def title(name: str) -> str:
+    method, _, k = name.rpartition("_")
+    return f"{TITLES[method]} (k = {k})" if method in TITLES and k.isdigit() else TITLES.get(name, name)
+
+
+def tasks(runs: Runs) -> list[str]:
+    return list(dict.fromkeys(settings["task"] for settings in runs.values()))
+
+
+def scores(results: Results, name: str, task: str) -> dict[int, float]:
+    """Per cent by seed."""
+    return {row["seed"]: 100 * row["value"] for row in select(results.rows, task=task) if variant(row) == name}
+
+
+def differences(results: Results, name: str, runs: Runs) -> list[float]:
+    """For every seed that has all tasks, the mean over tasks of the score minus that of the dense model."""
+    pairs = [(scores(results, name, task), scores(results, "dense", task)) for task in tasks(runs)]
+    seeds = sorted({settings["seed"] for settings in runs.values()})
+    complete = [seed for seed in seeds if all(seed in ours and seed in dense for ours, dense in pairs)]
+    return [statistics.mean(ours[seed] - dense[seed] for ours, dense in pairs) for seed in complete]
+
+
+def glue_section(results: Results, runs: Runs) -> list[str]:
+    """Table 2: scores, and what SEA keeps."""
+    lines, costs = [], []
+    for name in variants(runs):
+        rows = [row for row in results.rows if variant(row) == name]
+        if rows:
+            cells = [spread(list(scores(results, name, task).values()), 1) for task in tasks(runs)]
+            against = NONE if name in ("dense", "teacher") else spread(differences(results, name, runs), 2)
+            lines.append([title(name), *cells, against])
+        if any("keys_per_row" in row for row in rows):
+            columns = (("keys_per_row", 1), ("density", 3), ("kept_mass", 3))
+            costs.append([title(name), *(number(mean(row.get(column) for row in rows), n) for column, n in columns)])
+    seeds = {settings["seed"] for settings in runs.values()}
+    return [
+        "## 2. Sentence classification",
+        f"{results.rows[0]['model']}; a teacher per task and seed, then every method from it, on the same batches. In "
+        "per cent: Matthews correlation for CoLA, else accuracy, on the official development sets (for IMDb on a test "
+        f"split of its own); mean ± standard deviation over up to {len(seeds)} seeds. The last column is the mean over "
+        "tasks of the difference to the dense model that trained for the same steps with the same seed.",
+        *results.source(),
+        table(["", *tasks(runs), "minus dense"], lines),
+        *missing(absent(results, runs), "no row in the file"),
+        "What SEA keeps, means over tasks and seeds:",
+        table(["", "keys per row", "density", "kept mass"], costs),
+    ]
+
+
+def absent(results: Results, runs: Runs) -> list[str]:
+    """Runs without a row, and methods that a run with rows lacks."""
+    names = []
+    for run, settings in runs.items():
+        found = {variant(row) for row in select(results.rows, run=run)}
+        lacking = [title(name) for name in ("teacher", *settings["methods"]) if name not in found]
+        if not found:
+            names.append(f"all of {run}")
+        elif lacking:
+            names.append(f"{run} without {', '.join(lacking)}")
+    return names
