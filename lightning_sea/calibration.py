@@ -33,7 +33,7 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]] | 
 
     Args:
         model: a converted model with ``average_context="far"``.
-        batches: arguments of the model's forward, on its device; a few thousand tokens are enough. None takes four
+        batches: arguments of the base model's forward, on its device; a few thousand tokens are enough. None takes four
             sequences of random tokens, always the same, of up to 1024 tokens.
 
     Raises:
@@ -50,7 +50,7 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]] | 
     with _dense_attention(modules), AttentionRecorder(model) as recorder:
         for batch in _random_tokens(model) if batches is None else batches:
             recorder.clear()
-            model(**batch)
+            model.base_model(**batch)  # no logits needed
             typical = _typical_rows(recorder.records[0])
             rows += int(typical.sum())
             for index in with_centre:
@@ -72,9 +72,9 @@ def _has_centre(module: nn.Module) -> bool:
 def _random_tokens(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     """One item at a time: little memory, whatever the model's size."""
     length = min(RANDOM_LENGTH, max_positions(model.config) or RANDOM_LENGTH)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)  # the same tokens on every device
     for _ in range(RANDOM_ITEMS):
-        tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator)
+        tokens = torch.randint(model.config.vocab_size, (1, length), generator=generator, device="cpu")
         yield {"input_ids": tokens.to(model.device)}
 
 

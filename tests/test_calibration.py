@@ -1,5 +1,6 @@
 """Centres of the far field from a few batches: the right mean, nothing else touched, and what it is good for."""
 
+import copy
 import gzip
 import json
 from itertools import islice
@@ -85,6 +86,22 @@ def test_conversion_calibrates_with_the_same_random_tokens_every_time():
     for one, other in zip(sea_layers(first), sea_layers(second), strict=True):
         assert one.centre.abs().max() > 0
         assert torch.equal(one.centre, other.centre)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_model_built_on_a_gpu_is_calibrated_there_with_the_same_tokens():
+    model = tiny_model("llama")
+    expected = convert(copy.deepcopy(model), FAR)
+    with torch.device("cuda"):  # as in Lightning's Trainer.init_module
+        convert(model.cuda(), FAR)
+    for one, other in zip(sea_layers(model), sea_layers(expected), strict=True):
+        torch.testing.assert_close(one.centre.cpu(), other.centre, atol=1e-4, rtol=1e-3)
+
+
+def test_conversion_computes_no_logits(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setattr(model.lm_head, "forward", lambda hidden: pytest.fail("logits were computed"))
+    convert(model, FAR)
 
 
 def test_a_calibrated_far_field_loses_little_without_training():
