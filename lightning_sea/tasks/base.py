@@ -60,6 +60,7 @@ class DistillationModule(LightningModule):
         estimator_steps: optimiser steps of the first stage, which only the method "sea" has; unused if dense.
         optimizer: learning rates and schedule; their defaults if null.
         export_dir: where to export the model (with SEA or without) at the end of ``fit``; null does not.
+        freeze_base: leave the pretrained weights as they are and train SEA's own parameters alone.
 
     Raises:
         ValueError: if arguments do not fit each other or the model.
@@ -80,6 +81,7 @@ class DistillationModule(LightningModule):
         estimator_steps: int = 0,
         optimizer: OptimizerConfig | None = None,
         export_dir: str | None = None,
+        freeze_base: bool = False,
     ) -> None:
         super().__init__()
         if attention not in ("sea", "dense"):
@@ -100,6 +102,8 @@ class DistillationModule(LightningModule):
         self.export_dir = export_dir
         self.student = self._build_student(model, sea, layers).train()  # it was loaded in evaluation mode
         self._check_losses()
+        if freeze_base:
+            self._freeze_base()
         self.teacher_name = teacher
         self._teacher: tuple[PreTrainedModel, ...] = ()  # in a tuple, so that it is no submodule
         self.keep_records = False
@@ -118,6 +122,7 @@ class DistillationModule(LightningModule):
                 "estimator_steps": estimator_steps,
                 "optimizer": dataclasses.asdict(self.optimizer_config),
                 "export_dir": export_dir,
+                "freeze_base": freeze_base,
             }
         )
 
@@ -135,6 +140,16 @@ class DistillationModule(LightningModule):
             raise ValueError(
                 f"distillation weighs est_kl and est_mse alone, and {method!r} attention has no estimator to learn them"
             )
+
+    def _freeze_base(self) -> None:
+        layers = adapt.sea_layers(self.student)
+        own = [parameter for layer in layers for parameter in layer.parameters()]
+        if not own:
+            method = layers[0].config.method if layers else "dense"
+            raise ValueError(f"freeze_base with {method!r} attention, which has no parameters: nothing would train")
+        self.student.requires_grad_(False)
+        for parameter in own:
+            parameter.requires_grad_(True)
 
     # What a task adds
 

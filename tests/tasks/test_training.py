@@ -87,6 +87,18 @@ def test_first_stage_moves_sea_alone_and_second_stage_everything(task, sea, tmp_
     assert trained - moved == set()
 
 
+@pytest.mark.parametrize("estimator_steps", [0, 2])
+def test_a_frozen_base_stays_and_all_of_sea_trains(task, sea, tmp_path, estimator_steps):
+    kind, directory, data = task
+    module = build(kind, directory, sea=sea, estimator_steps=estimator_steps, freeze_base=True)
+    start = weights(module)
+    trainer = fit(module, data, 4, tmp_path)
+    own = {name for name, _ in module.named_parameters() if ".sea." in name}
+    assert changed(start, weights(module)) == own
+    assert {group["name"] for group in trainer.optimizers[0].param_groups} <= {"sea", "sea_no_decay"}
+    assert all(parameter.grad is None for name, parameter in module.named_parameters() if name not in own)
+
+
 def test_estimator_and_whole_student_learn(task, sea, tmp_path):
     kind, directory, data = task
     for estimator_steps, key in ((20, "train/est_kl"), (0, "train/loss")):
@@ -280,6 +292,9 @@ def test_arguments_that_cannot_work_are_named(bert_dir, llama_dir, tmp_path):
         build("lm", llama_dir, attention="sparse")
     with pytest.raises(ValueError, match="estimator_steps is -1"):
         build("lm", llama_dir, estimator_steps=-1)
+    for attention, method in (("dense", "dense"), ("sea", "window")):
+        with pytest.raises(ValueError, match=f"freeze_base with '{method}'"):
+            build("lm", llama_dir, attention=attention, sea=SEAConfig(method="window", k=8), freeze_base=True)
     with pytest.raises(ValueError, match="est_kl = est_mse = 0"):
         build("lm", llama_dir, estimator_steps=1, distillation=DistillationConfig(est_kl=0.0, est_mse=0.0))
     with pytest.raises(ValueError, match=r"weights of the losses are \{'task': -1\}"):
