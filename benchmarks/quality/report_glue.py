@@ -12,14 +12,16 @@ def variant(row: Row) -> str:
     return row.get("variant") or row["method"]
 
 
-def variants(runs: Runs) -> list[str]:
-    """The teacher and the methods of all runs, in the order of the configuration."""
-    return list(dict.fromkeys(["teacher", *(name for settings in runs.values() for name in settings["methods"])]))
+def variants(runs: Runs) -> dict[str, str]:
+    """The teacher and the methods of all runs, in the order of the configuration, with their titles."""
+    methods = {name: method or {} for settings in runs.values() for name, method in settings["methods"].items()}
+    return {"teacher": TITLES["teacher"]} | {name: title(name, method) for name, method in methods.items()}
 
 
-def title(name: str) -> str:
-    method, _, k = name.rpartition("_")
-    return f"{TITLES[method]} (k = {k})" if method in TITLES and k.isdigit() else TITLES.get(name, name)
+def title(name: str, method: dict) -> str:
+    """As for people: the method, and its k if it has one."""
+    name, k = method.get("method", name), method.get("sea", {}).get("k")
+    return TITLES.get(name, name) + (f" (k = {k})" if k else "")
 
 
 def tasks(runs: Runs) -> list[str]:
@@ -42,15 +44,15 @@ def differences(results: Results, name: str, runs: Runs) -> list[float]:
 def glue_section(results: Results, runs: Runs) -> list[str]:
     """Table 2: scores, and what SEA keeps."""
     lines, costs = [], []
-    for name in variants(runs):
+    for name, label in variants(runs).items():
         rows = [row for row in results.rows if variant(row) == name]
         if rows:
             cells = [spread(list(scores(results, name, task).values()), 1) for task in tasks(runs)]
             against = NONE if name in ("dense", "teacher") else spread(differences(results, name, runs), 2)
-            lines.append([title(name), *cells, against])
+            lines.append([label, *cells, against])
         if any("keys_per_row" in row for row in rows):
             columns = (("keys_per_row", 1), ("density", 3), ("kept_mass", 3))
-            costs.append([title(name), *(number(mean(row.get(column) for row in rows), n) for column, n in columns)])
+            costs.append([label, *(number(mean(row.get(column) for row in rows), n) for column, n in columns)])
     seeds = {settings["seed"] for settings in runs.values()}
     return [
         "## 2. Sentence classification",
@@ -71,7 +73,7 @@ def absent(results: Results, runs: Runs) -> list[str]:
     names = []
     for run, settings in runs.items():
         found = {variant(row) for row in select(results.rows, run=run)}
-        lacking = [title(name) for name in ("teacher", *settings["methods"]) if name not in found]
+        lacking = [label for name, label in variants({run: settings}).items() if name not in found]
         if not found:
             names.append(f"all of {run}")
         elif lacking:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import matplotlib
 from report_glue import scores, tasks, variants
-from report_glue import title as glue_title
 from report_lm import Runs, after, common_length, dense_by_length, title
 from report_rows import TITLES, Results, select, values
 
@@ -107,7 +106,8 @@ def _finish_perplexity(axes: Axes) -> None:
 
 def by_task(axes: Axes, results: Results, runs: Runs) -> None:
     """Bars of the means, whiskers of one standard deviation."""
-    names = [name for name in variants(runs) if any(scores(results, name, task) for task in tasks(runs))]
+    titles = variants(runs)
+    names = [name for name in titles if any(scores(results, name, task) for task in tasks(runs))]
     shades = plt.get_cmap("Blues")
     ours = [name for name in names if name.startswith("sea_") and name not in COLOURS]
     colours = COLOURS | {name: shades(0.35 + 0.6 * index / max(1, len(ours) - 1)) for index, name in enumerate(ours)}
@@ -118,7 +118,7 @@ def by_task(axes: Axes, results: Results, runs: Runs) -> None:
         place = [task + (index - (len(names) - 1) / 2) * width for task in range(len(found))]
         bars = [statistics.mean(part) if part else float("nan") for part in found]
         errors = [statistics.stdev(part) if len(part) > 1 else 0.0 for part in found]
-        axes.bar(place, bars, width, yerr=errors, color=colours.get(name), ecolor="#444444", label=glue_title(name))
+        axes.bar(place, bars, width, yerr=errors, color=colours.get(name), ecolor="#444444", label=titles[name])
     axes.set_xticks(range(len(tasks(runs))), tasks(runs))
     axes.grid(axis="x", visible=False)
     axes.set_ylabel("score, per cent")
