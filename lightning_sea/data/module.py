@@ -72,7 +72,8 @@ class SplitDataModule(LightningDataModule):
         """Tokenise what the trainer's stage needs into the cache, in one process."""
         if self.trainer is not None:
             for split in self.splits_of(self.trainer.state.fn.value):
-                self.load_split(split)
+                if split not in self.splits:
+                    self.load_split(split)
 
     def setup(self, stage: str) -> None:
         """Load the splits of a stage ("fit", "validate", "test", "predict").
