@@ -15,8 +15,9 @@ import time
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from tables import Row, main, parser
+from trainers import sparsity, trainer
 
 from lightning_sea.callbacks import ProjectionRedraw, SparsityMonitor
 from lightning_sea.config import SEAConfig
@@ -41,23 +42,6 @@ def data(settings: dict, options: argparse.Namespace) -> GLUEDataModule:
     )
 
 
-def trainer(steps: int, callbacks: list) -> Trainer:
-    return Trainer(
-        accelerator="auto",
-        devices=1,
-        precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
-        max_steps=steps,
-        gradient_clip_val=1.0,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-    )
-
-
 def train_and_test(module: GLUEModule, rows: GLUEDataModule, steps: int, seed: int) -> Row:
     """Score after ``steps`` steps, what SEA keeps, and the time that training took."""
     sparse = module.attention == "sea" and module.student.sea_conversion.config.method == "sea"
@@ -65,35 +49,39 @@ def train_and_test(module: GLUEModule, rows: GLUEDataModule, steps: int, seed: i
     if module.attention == "sea":
         callbacks.append(ProjectionRedraw())
     seed_everything(seed)
-    run = trainer(steps, callbacks)
+    run = trainer(callbacks, max_steps=steps)
     begin = time.perf_counter()
     run.fit(module, rows)
     seconds = time.perf_counter() - begin
     (found,) = run.test(module, rows, verbose=False)
     name = METRICS.get(rows.task.name, "accuracy")
     result = {"steps": steps, "metric": name, "value": round(found[f"test/{name}"], 4)}
-    for column, key in (("keys_per_row", "keys_per_query"), ("kept_mass", "kept_mass"), ("density", "density")):
-        if f"test/{key}" in found:
-            result[column] = round(found[f"test/{key}"], 4)
-    return result | {"train_seconds": round(seconds, 1)}
+    return result | sparsity(found) | {"train_seconds": round(seconds, 1)}
 
 
-def build(method: dict, settings: dict, teacher: str, task: str) -> GLUEModule:
-    """The module of a method; one without ``sea`` is dense."""
+def arguments(method: dict, settings: dict) -> dict:
+    """Arguments of a method's module beside model and task; a method without ``sea`` is dense."""
     changes, losses = method.get("sea"), method.get("distillation", settings["distillation"])
     if method.get("paper"):
         sea = SEAConfig.paper_bert(**changes)
     else:
-        sea = SEAConfig(**settings["sea"], **changes) if changes else None
-    return GLUEModule(
-        model=teacher,
-        task=task,
-        attention="sea" if sea else "dense",
-        sea=sea,
-        distillation=DistillationConfig(**losses) if sea else None,
-        estimator_steps=method.get("estimator_steps", 0),
-        optimizer=OptimizerConfig(**settings["optimizer"]),
-    )
+        sea = SEAConfig(**settings["sea"] | changes) if changes else None
+    return {
+        "attention": "sea" if sea else "dense",
+        "sea": sea,
+        "distillation": DistillationConfig(**losses) if sea else None,
+        "estimator_steps": method.get("estimator_steps", 0),
+        "optimizer": OptimizerConfig(**settings["optimizer"]),
+    }
+
+
+def sizes(sea: SEAConfig | None) -> Row:
+    """The knobs that the method reads, for its row."""
+    method = sea.method if sea else None
+    return {
+        "k": sea.k if method in ("sea", "window") else None,
+        "predictor_length": sea.predictor_length if method == "sea" else None,
+    }
 
 
 def run(name: str, settings: dict, options: argparse.Namespace) -> list[Row]:
@@ -108,18 +96,19 @@ def run(name: str, settings: dict, options: argparse.Namespace) -> list[Row]:
         module = GLUEModule(model=options.model, task=task, attention="dense", optimizer=optimizer, export_dir=folder)
         results.append(common | {"method": "teacher"} | train_and_test(module, rows, settings["teacher_steps"], seed))
         for label, method in settings["methods"].items():
-            module = build(method or {}, settings, folder, task)
-            row = common | {"method": (method or {}).get("method", label), "variant": label}
-            sea = module.student.sea_conversion.config if module.attention == "sea" else None
-            row |= {"k": sea.k, "predictor_length": sea.predictor_length} if sea else {"k": None}
+            method = method or {}
+            found = arguments(method, settings)
+            seed_everything(seed)
+            module = GLUEModule(model=folder, task=task, **found)
+            row = common | {"method": method.get("method", label), "variant": label} | sizes(found["sea"])
             results.append(row | train_and_test(module, rows, settings["steps"], seed))
             print(results[-1], flush=True)
     return results
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__, "glue.yaml")
-    arguments.add_argument("--model", required=True, help="transformers directory of all-MiniLM-L6-v2")
-    arguments.add_argument("--glue", type=Path, required=True, help="folder of the tasks in the official layout")
-    arguments.add_argument("--imdb", type=Path, help="folder that prepare.py wrote")
-    main(arguments.parse_args(), run)
+    command = parser(__doc__, "glue.yaml")
+    command.add_argument("--model", required=True, help="transformers directory of all-MiniLM-L6-v2")
+    command.add_argument("--glue", type=Path, required=True, help="folder of the tasks in the official layout")
+    command.add_argument("--imdb", type=Path, help="folder that prepare.py wrote")
+    main(command.parse_args(), run)

@@ -10,12 +10,15 @@ settings were chosen by, for choosing more of them.
 """
 
 import argparse
+import itertools
 import time
 from pathlib import Path
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import seed_everything
 from tables import Row, main, parser
+from torch.utils.data import DataLoader
+from trainers import sparsity, trainer
 
 from lightning_sea.adapt import set_k
 from lightning_sea.callbacks import SparsityMonitor
@@ -35,98 +38,112 @@ def text(settings: dict, options: argparse.Namespace, seq_len: int, batch_size: 
     return TextDataModule(options.model, files, seq_len=seq_len, batch_size=batch_size, seed=settings["seed"])
 
 
-def build(settings: dict, options: argparse.Namespace) -> CausalLMModule:
-    """The module of a run; a run without ``sea`` is dense."""
+def arguments(settings: dict) -> dict:
+    """Arguments of the module of a run beside the model; a run without ``sea`` is dense."""
     sea, distillation = settings.get("sea"), settings.get("distillation")
     preset = SEAConfig.paper_opt if settings.get("paper") else SEAConfig
-    return CausalLMModule(
-        options.model,
-        attention="sea" if sea else "dense",
-        sea=preset(**sea) if sea else None,
-        distillation=DistillationConfig(**distillation) if distillation else None,
-        estimator_steps=settings["estimator_steps"] if sea else 0,
-        optimizer=OptimizerConfig(**settings["optimizer"]),
-    )
+    return {
+        "attention": "sea" if sea else "dense",
+        "sea": preset(**sea) if sea else None,
+        "distillation": DistillationConfig(**distillation) if distillation else None,
+        "estimator_steps": settings["estimator_steps"] if sea else 0,
+        "optimizer": OptimizerConfig(**settings["optimizer"]),
+        "freeze_base": settings["freeze_base"],
+    }
 
 
-def trainer(settings: dict, callbacks: list, **changes) -> Trainer:
-    return Trainer(
-        accelerator="auto",
-        devices=1,
-        precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
-        gradient_clip_val=1.0,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        limit_val_batches=0,
-        log_every_n_steps=settings["log_every"],
-        **changes,
-    )
+class Tests:
+    """Tests of one model, before and after its training: one trainer, and the batches of every length made once.
+
+    Args:
+        module: the model.
+        settings: of the run.
+        options: of the command line.
+    """
+
+    def __init__(self, module: CausalLMModule, settings: dict, options: argparse.Namespace) -> None:
+        self.module, self.settings, self.options = module, settings, options
+        self.trained_k = (settings.get("sea") or {}).get("k")
+        self.monitor = SparsityMonitor(per_layer=False)
+        sparse = module.attention == "sea" and module.student.sea_conversion.config.method == "sea"
+        self.trainer = trainer([self.monitor] if sparse else [])
+        self.batches: dict[int, DataLoader] = {}
+
+    def run(self, parts: list[dict]) -> list[Row]:
+        """Rows of every pair of k and length that ``parts`` name, each once; without k, of every length."""
+        rows: dict[tuple[int | None, int], Row] = {}
+        for part in parts:
+            for k, seq_len in itertools.product(self.allowed_k(part), part["seq_len"]):
+                if (k, seq_len) not in rows:
+                    sparsity_batches = part.get("sparsity_batches", self.settings["sparsity_batches"])
+                    rows[k, seq_len] = {"k": k} | self.test(k, seq_len, sparsity_batches)
+                    print(rows[k, seq_len], flush=True)
+        if self.trained_k:
+            set_k(self.module.student, self.trained_k)
+        return list(rows.values())
+
+    def allowed_k(self, part: dict) -> list[int | None]:
+        """Those k of a part that the run may be tested at: one if it keeps the k that it trained with, or has none."""
+        if self.trained_k is None or "k" not in part:
+            return [self.trained_k]
+        return [k for k in part["k"] if k == self.trained_k or self.settings["changes_k"]]
+
+    def test(self, k: int | None, seq_len: int, sparsity_batches: int) -> Row:
+        """Perplexity at one length, and what SEA keeps, measured on the first batches."""
+        if k:
+            set_k(self.module.student, k)
+        if seq_len not in self.batches:
+            data = text(self.settings, self.options, seq_len, max(1, TOKENS_PER_BATCH // seq_len))
+            data.setup("test")
+            self.batches[seq_len] = data.test_dataloader()
+        self.monitor.eval_batches = sparsity_batches
+        (found,) = self.trainer.test(self.module, self.batches[seq_len], verbose=False)
+        return {
+            "seq_len": seq_len,
+            "metric": "perplexity",
+            "value": round(found["test/perplexity"], 4),
+            **sparsity(found),
+        }
 
 
-def test(module: CausalLMModule, settings: dict, options: argparse.Namespace, seq_len: int) -> Row:
-    """Perplexity at one length, and what SEA keeps, measured on the first batches."""
-    sparse = module.attention == "sea" and settings["sea"].get("method", "sea") == "sea"
-    callbacks = [SparsityMonitor(eval_batches=settings["sparsity_batches"], per_layer=False)] if sparse else []
-    data = text(settings, options, seq_len, max(1, TOKENS_PER_BATCH // seq_len))
-    (found,) = trainer(settings, callbacks, enable_progress_bar=False).test(module, data, verbose=False)
-    row = {"seq_len": seq_len, "metric": "perplexity", "value": round(found["test/perplexity"], 4)}
-    for column, name in (("keys_per_row", "keys_per_query"), ("kept_mass", "kept_mass"), ("density", "density")):
-        if f"test/{name}" in found:
-            row[column] = round(found[f"test/{name}"], 4)
-    return row
-
-
-def test_all(module: CausalLMModule, settings: dict, options: argparse.Namespace) -> list[Row]:
-    """Rows of all lengths and, for SEA and the window, of all k that the settings ask for."""
-    trained = settings["sea"]["k"] if "k" in (settings.get("sea") or {}) else None
-    rows = []
-    for part in settings["tests"]:
-        for k in (part.get("k") or [trained]) if trained else [None]:
-            if trained and k != trained and not settings["changes_k"]:
-                continue
-            if trained:
-                set_k(module.student, k)
-            for seq_len in part["seq_len"]:
-                rows.append({"k": k, **test(module, settings, options, seq_len)})
-                print(rows[-1], flush=True)
-    if trained:
-        set_k(module.student, trained)
-    return rows
+def train(module: CausalLMModule, settings: dict, options: argparse.Namespace) -> Row:
+    """Train the model; what that cost."""
+    data = text(settings, options, settings["train_len"], settings["batch_size"])
+    data.setup("fit")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    fit = trainer([], max_steps=settings["steps"])
+    begin = time.perf_counter()
+    fit.fit(module, data)
+    cost = {"train_seconds": round(time.perf_counter() - begin, 1)}
+    cost["train_loss"] = round(float(fit.callback_metrics["train/task"]), 4)
+    if torch.cuda.is_available():
+        cost["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
+    return cost
 
 
 def run(name: str, settings: dict, options: argparse.Namespace) -> list[Row]:
     """Train one model and test it, before (what conversion alone gives) and after."""
     torch.set_float32_matmul_precision("high")
     seed_everything(settings["seed"])
-    module, sea = build(settings, options), settings.get("sea")
+    module, sea = CausalLMModule(options.model, **arguments(settings)), settings.get("sea")
     method = settings.get("label") or (sea.get("method", "sea") if sea else "dense")
     common = {"task": "lm", "model": "SmolLM2-135M", "method": method, "variant": settings.get("variant", "")}
     common |= {"predictor_length": module.student.sea_conversion.config.predictor_length if sea else None}
     common |= {"seed": settings["seed"], "train_len": settings["train_len"], "split": options.split}
-    rows = []
-    if settings["test_untrained"]:
+    tests, rows = Tests(module, settings, options), []
+    if settings["untrained_tests"]:
         untrained = common | {"steps": 0} | ({} if sea else {"method": "teacher"})
-        rows += [untrained | row for row in test_all(module, settings, options)]
+        rows += [untrained | row for row in tests.run(settings["untrained_tests"])]
     if settings["steps"]:
-        data = text(settings, options, settings["train_len"], settings["batch_size"])
-        torch.cuda.reset_peak_memory_stats() if torch.cuda.is_available() else None
-        fit = trainer(settings, [], max_steps=settings["steps"], enable_progress_bar=False)
-        begin = time.perf_counter()
-        fit.fit(module, data)
-        cost = {"train_seconds": round(time.perf_counter() - begin, 1)}
-        cost["train_loss"] = round(float(fit.callback_metrics["train/task"]), 4)
-        if torch.cuda.is_available():
-            cost["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
-        rows += [common | {"steps": settings["steps"]} | row | cost for row in test_all(module, settings, options)]
+        trained = common | {"steps": settings["steps"]} | train(module, settings, options)
+        rows += [trained | row for row in tests.run(settings["tests"])]
     return rows
 
 
 if __name__ == "__main__":
-    arguments = parser(__doc__, "lm_perplexity.yaml")
-    arguments.add_argument("--model", required=True, help="transformers directory of SmolLM2-135M")
-    arguments.add_argument("--text", type=Path, required=True, help="folder that prepare.py wrote")
-    arguments.add_argument("--split", choices=("validation", "test"), default="test")
-    main(arguments.parse_args(), run)
+    command = parser(__doc__, "lm_perplexity.yaml")
+    command.add_argument("--model", required=True, help="transformers directory of SmolLM2-135M")
+    command.add_argument("--text", type=Path, required=True, help="folder that prepare.py wrote")
+    command.add_argument("--split", choices=("validation", "test"), default="test")
+    main(command.parse_args(), run)

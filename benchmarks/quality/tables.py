@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels")]
@@ -28,7 +28,7 @@ def load_runs(path: Path, only: list[str] | None, overrides: list[str]) -> dict[
     Args:
         path: the YAML file.
         only: names of runs, or None for all.
-        overrides: ``key.of.defaults=value``, which every run takes over.
+        overrides: ``key.of.defaults=value``, which every run takes over, except below what a run has set to null.
 
     Raises:
         ValueError: for a name that is not among the runs.
@@ -39,11 +39,14 @@ def load_runs(path: Path, only: list[str] | None, overrides: list[str]) -> dict[
     if unknown:
         raise ValueError(f"--only names {unknown}, expected some of {names}")
     changes = OmegaConf.from_dotlist(overrides)
-    return {
-        name: OmegaConf.to_container(OmegaConf.merge(config.defaults, config.runs[name] or {}, changes), resolve=True)
-        for name in names
-        if only is None or name in only
-    }
+    return {name: _settings(config, name, changes) for name in names if only is None or name in only}
+
+
+def _settings(config: DictConfig, name: str, changes: DictConfig) -> dict:
+    settings = OmegaConf.merge(config.defaults, config.runs[name] or {})
+    off = {key for key in settings if settings[key] is None and OmegaConf.is_dict(changes.get(key))}
+    kept = OmegaConf.masked_copy(changes, [key for key in changes if key not in off])
+    return OmegaConf.to_container(OmegaConf.merge(settings, kept), resolve=True)
 
 
 def parser(description: str, config: str) -> argparse.ArgumentParser:
@@ -110,8 +113,11 @@ def merge_parts(output: Path) -> None:
 
 def write_results(path: Path, rows: list[Row]) -> None:
     """A result file: where the rows come from, and the rows, one a line."""
-    words = [word for word in sys.argv if not word.startswith("--worker")]
-    command = " ".join(["python", *(str(Path(word)) for word in words)])
-    head = {"device": device_name(), "versions": versions(), "commit": commit(), "command": command}
+    head = {
+        "device": device_name(),
+        "versions": versions(),
+        "commit": commit(),
+        "command": " ".join(["python", *sys.argv]),
+    }
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
