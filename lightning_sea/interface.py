@@ -114,9 +114,11 @@ def sea_mask(
             "(a static cache is longer than what was seen: use a dynamic one)"
         )
     mask = attention_mask.bool()
-    if mask.all():
+    runs = mask[:, 0] + (mask[:, 1:] & ~mask[:, :-1]).sum(-1)
+    full, broken = torch.stack([mask.all(), (runs > 1).any()]).tolist()  # one wait for a GPU per forward pass
+    if full:
         return None
-    if ((mask[:, 1:] != mask[:, :-1]).sum(-1) > 2 - mask[:, 0].int() - mask[:, -1].int()).any():
+    if broken:
         raise ValueError("attention_mask has gaps: the real tokens of an item must be contiguous (pad left or right)")
     return mask
 
