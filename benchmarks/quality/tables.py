@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).parents[2]
@@ -65,6 +66,7 @@ def main(options: argparse.Namespace, run: Callable[[str, dict, argparse.Namespa
     """Do the runs that ``options`` ask for; ``run`` gives the rows of one."""
     runs = load_runs(options.config, options.only, options.set)
     if options.worker:
+        torch.set_num_threads(max(1, torch.get_num_threads() // options.parallel))  # workers would slow one another
         rows = run(options.worker, runs[options.worker], options)
         write_results(_part(options.output, options.worker), [{"run": options.worker, **row} for row in rows])
         return
