@@ -88,12 +88,12 @@ def test_scores_have_mean_and_spread_over_seeds_and_are_paired_with_the_dense_mo
         rows += glue_rows(task, 1, teacher=0.5, dense=0.8, sea_7=0.78)
         rows += glue_rows(task, 2, teacher=0.6, dense=0.9, sea_7=0.84)
     rows += glue_rows("sst2", 3, dense=0.7)
-    rows = [row | ({"keys_per_row": 7.0} if row["method"] == "sea" else {}) for row in rows]
+    rows = [row | ({"keys_per_row": 7.0, "density": 0.5} if row["method"] == "sea" else {}) for row in rows]
     text = page(tmp_path, glue=rows)
     assert "**Missing**: `benchmarks/results/lm_perplexity.json`, and with it tables 1, 3 and 5." in text
     assert "| dense, trained on | 80.0 ± 10.0 | 85.0 ± 7.1 |" in text, "sst2 has a third seed, cola has two"
     assert "| SEA (k = 7) | 81.0 ± 4.2 | 81.0 ± 4.2 | 81.0 ± 4.2 | 81.0 ± 4.2 | 81.0 ± 4.2 | -4.00 ± 2.83 |" in text
-    assert "| SEA (k = 7) | 7.0 | – | – |" in text
+    assert "| SEA (k = 7) | 7.0 (0.500, –) | 7.0 (0.500, –) |" in text
     assert "sst2_1 without SEA (k = 13), " in text
     assert "all of cola_3" in text
     assert (tmp_path / "docs" / "results_glue.png").stat().st_size > 10_000

@@ -51,8 +51,7 @@ def glue_section(results: Results, runs: Runs) -> list[str]:
             against = NONE if name in ("dense", "teacher") else spread(differences(results, name, runs), 2)
             lines.append([label, *cells, against])
         if any("keys_per_row" in row for row in rows):
-            columns = (("keys_per_row", 1), ("density", 3), ("kept_mass", 3))
-            costs.append([label, *(number(mean(row.get(column) for row in rows), n) for column, n in columns)])
+            costs.append([label, *(kept(select(rows, task=task)) for task in tasks(runs))])
     seeds = {settings["seed"] for settings in runs.values()}
     return [
         "## 2. Sentence classification",
@@ -63,9 +62,17 @@ def glue_section(results: Results, runs: Runs) -> list[str]:
         *results.source(),
         table(["", *tasks(runs), "minus dense"], lines),
         *missing(absent(results, runs), "no row in the file"),
-        "What SEA keeps, means over tasks and seeds:",
-        table(["", "keys per row", "density", "kept mass"], costs),
+        "Keys that a row attends to, in parentheses their share of the item's real tokens and the share of the teacher's "
+        "attention that falls on them (means over seeds). Where both are 1, sentences are shorter than k:",
+        table(["", *tasks(runs)], costs),
     ]
+
+
+def kept(rows: list[Row]) -> str:
+    """``keys (density, kept mass)``, means of rows of one task."""
+    columns = ("keys_per_row", 1), ("density", 3), ("kept_mass", 3)
+    keys, *shares = (number(mean(row.get(name) for row in rows), digits) for name, digits in columns)
+    return NONE if keys == NONE else f"{keys} ({', '.join(shares)})"
 
 
 def absent(results: Results, runs: Runs) -> list[str]:
