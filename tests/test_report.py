@@ -50,7 +50,7 @@ def language_rows():
         lm_row("sea", 33.0, k=64, steps=0),
         lm_row("sea", 21.0, k=64, keys_per_row=60.0, density=0.25, kept_mass=0.8),
         lm_row("sea", 24.0, k=32, keys_per_row=31.0, density=0.125, kept_mass=0.7),
-        lm_row("sea", 18.0, k=64, seq_len=512, keys_per_row=62.0, density=0.2, kept_mass=0.75),
+        lm_row("sea", 18.0, k=64, seq_len=512, keys_per_row=62.0, pooled_per_row=200.0, density=0.2, kept_mass=0.75),
     ]
 
 
@@ -69,7 +69,7 @@ def test_other_k_and_cost(tmp_path, language_rows):
     text = page(tmp_path, lm_perplexity=language_rows)
     assert "| 32 | 31.0 | 0.700 | – | 24.00 (1.200) | – |" in text
     assert "| **64** | 60.0 | 0.800 | 33.00 | 21.00 (1.050) | 18.00 (1.125) |" in text
-    assert "| SEA (k = 64) | 5 | 62.0 | 0.2000 | 0.750 | 30 (3.00) | 1500 (1.50) |" in text
+    assert "| SEA (k = 64) | 5 | 62.0 | 200.0 | 0.2000 | 0.750 | 30 (3.00) | 1500 (1.50) |" in text
     assert "Up to 3 runs shared the device" in text
 
 

@@ -62,8 +62,8 @@ def glue_section(results: Results, runs: Runs) -> list[str]:
         *results.source(),
         table(["", *tasks(runs), "minus dense"], lines),
         *missing(absent(results, runs), "no row in the file"),
-        "Keys that a row attends to, in parentheses their share of the item's real tokens and the share of the teacher's "
-        "attention that falls on them (means over seeds). Where both are 1, sentences are shorter than k:",
+        "Keys that a row attends to, in parentheses their share of the item's real tokens and the share of the "
+        "teacher's attention that falls on them (means over seeds). Where both are 1, sentences are shorter than k:",
         table(["", *tasks(runs)], costs),
     ]
 

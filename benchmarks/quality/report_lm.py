@@ -129,20 +129,29 @@ def cost_section(results: Results, runs: Runs) -> list[str]:
         if rows:
             at_longest = {"seq_len": longest}
             line = [title(run, settings), str(rows[0]["steps"])]
-            for column, digits in (("keys_per_row", 1), ("density", 4), ("kept_mass", 3)):
+            for column, digits in (("keys_per_row", 1), ("pooled_per_row", 1), ("density", 4), ("kept_mass", 3)):
                 line.append(number(pick(rows, column, **at_longest), digits))
             for column in ("train_seconds", "peak_mib"):
                 own, theirs = rows[0].get(column), dense[0].get(column) if dense else None
                 line.append(f"{number(own, 0)} ({quotient(own, theirs, 2)})")
             lines.append(line)
-    header = ["", "steps", "keys per row", "density", "kept mass", "training, seconds", "peak memory, MiB"]
+    header = [
+        "",
+        "steps",
+        "keys per row",
+        "pooled runs per row",
+        "density",
+        "kept mass",
+        "training, seconds",
+        "peak memory, MiB",
+    ]
     share = results.parallel()
     together = f"Up to {share} runs shared the device, so seconds compare roughly" if share > 1 else "One run at a time"
     return [
         "## 5. What it costs",
-        f"Keys per row, density (kept keys over visible keys) and kept mass at {longest} tokens; in parentheses the "
-        f"ratio to the dense model's training. {together}; memory is what PyTorch allocated at most in training, the "
-        "teacher included where there is one.",
+        "Keys per row, pooled runs that the far field reads beside them, density (kept keys over visible keys) and "
+        f"kept mass at {longest} tokens; in parentheses the ratio to the dense model's training. {together}; memory is "
+        "what PyTorch allocated at most in training, the teacher included where there is one.",
         results.source_again(1),
         table(header, lines),
     ]

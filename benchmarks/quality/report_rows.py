@@ -10,7 +10,16 @@ from typing import Any
 Row = dict[str, Any]
 NONE = "–"  # a cell that no row fills
 SHOWN = ("torch", "triton", "transformers")  # versions
-MEASURED = {"value", "keys_per_row", "kept_mass", "density", "train_seconds", "train_loss", "peak_mib"}
+MEASURED = {
+    "value",
+    "keys_per_row",
+    "pooled_per_row",
+    "kept_mass",
+    "density",
+    "train_seconds",
+    "train_loss",
+    "peak_mib",
+}
 
 TITLES = {
     "teacher": "dense, the teacher",

@@ -4,7 +4,12 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-SPARSITY = {"keys_per_row": "keys_per_query", "kept_mass": "kept_mass", "density": "density"}  # column to metric
+SPARSITY = {  # column to metric
+    "keys_per_row": "keys_per_query",
+    "pooled_per_row": "pooled_per_query",
+    "kept_mass": "kept_mass",
+    "density": "density",
+}
 
 
 class ResidentStrategy(SingleDeviceStrategy):
