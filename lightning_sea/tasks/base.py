@@ -196,7 +196,15 @@ class DistillationModule(LightningModule):
                 "attention='dense' and an export_dir, and pass that directory"
             )
         model.config.pad_token_id = self.student.config.pad_token_id  # a classifying decoder finds its last token by it
-        return model.eval().requires_grad_(False)
+        return model.to(self._teacher_dtype()).eval().requires_grad_(False)
+
+    def _teacher_dtype(self) -> torch.dtype:
+        """bfloat16 where the student computes in it: half the memory, and no weights to cast in every step.
+
+        Not float16, in which the residual stream of a large model may overflow; there, autocast casts the products.
+        """
+        mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
+        return torch.bfloat16 if mixed else torch.float32
 
     def _load_plain(self, name: str) -> tuple[PreTrainedModel, list[str]]:
         model, report = self.auto_class.from_pretrained(

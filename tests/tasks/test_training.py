@@ -228,6 +228,9 @@ def test_precision_flags_train(task, sea, tmp_path, precision):
     accelerator = "gpu" if torch.cuda.is_available() else "cpu"
     trainer = fit(module, data, 4, tmp_path, accelerator=accelerator, callbacks=[losses], **options)
     assert trainer.precision == precision
+    teacher = torch.bfloat16 if precision == "bf16-mixed" else torch.float32
+    assert {parameter.dtype for parameter in module.teacher.parameters()} == {teacher}
+    assert {parameter.dtype for parameter in module.student.parameters()} == {torch.float32}
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
     assert all(torch.isfinite(torch.tensor(list(step.values()))).all() for step in losses.steps)
     assert changed(before, weights(module))
