@@ -81,6 +81,34 @@ def test_overrides_reach_every_run_but_not_what_a_run_has_turned_off(name):
         assert settings["distillation"] == (None if before is None else before | {"task": 0.25})
 
 
+def test_a_run_that_is_cut_short_leaves_its_rows_to_the_next_call(tmp_path):
+    output = tmp_path / "table.json"
+
+    def run(name, settings, options):
+        yield {"value": 1}
+        yield {"value": 2}
+        raise KeyboardInterrupt
+
+    command = tables.parser("", "glue.yaml")
+    with pytest.raises(KeyboardInterrupt):
+        tables.main(command.parse_args(["--output", str(output), "--worker", "rte_1"]), run)
+    assert not output.exists()
+    tables.merge_parts(output)
+    assert [(row["run"], row["value"]) for row in json.loads(output.read_text())["rows"]] == [
+        ("rte_1", 1),
+        ("rte_1", 2),
+    ]
+
+
+def test_a_run_that_ends_leaves_alone_what_others_have_written_so_far(tmp_path):
+    output = tmp_path / "table.json"
+    for run in ("a", "b"):
+        tables.write_results(tmp_path / f"table.{run}.part.json", [{"run": run}])
+    tables.merge_parts(output, "a")
+    assert [row["run"] for row in json.loads(output.read_text())["rows"]] == ["a"]
+    assert (tmp_path / "table.b.part.json").exists()
+
+
 def test_runs_are_picked_by_name():
     assert list(tables.load_runs(HERE / "glue.yaml", ["rte_2", "cola_1"], [])) == ["cola_1", "rte_2"]
     with pytest.raises(ValueError, match=r"--only names \['rte_9'\]"):
@@ -121,7 +149,7 @@ def test_a_language_run_tests_every_pair_once_before_and_after(language_settings
     monkeypatch.setattr(
         Trainer, "test", lambda self, *args, **kwargs: tests.append(self) or test(self, *args, **kwargs)
     )
-    rows = lm_perplexity.run("sea", language_settings, language_options)
+    rows = list(lm_perplexity.run("sea", language_settings, language_options))
     places = [(row["steps"], row["k"], row["seq_len"]) for row in rows]
     assert places == [(0, 8, 32), (2, 8, 32), (2, 8, 64), (2, 16, 32), (2, 16, 64), (2, 12, 64)]
     assert len(set(map(id, tests))) == 1, "one trainer for all tests"
@@ -134,10 +162,10 @@ def test_a_language_run_tests_every_pair_once_before_and_after(language_settings
 def test_a_run_that_keeps_its_k_is_tested_at_that_alone(language_settings, language_options):
     settings = language_settings | {"changes_k": False, "steps": 0, "sparsity_batches": 0}
     settings["untrained_tests"] = [{"k": [4, 8], "seq_len": [32]}, {"k": [16], "seq_len": [64]}, {"seq_len": [64]}]
-    rows = lm_perplexity.run("sea", settings, language_options)
+    rows = list(lm_perplexity.run("sea", settings, language_options))
     assert [(row["k"], row["seq_len"]) for row in rows] == [(8, 32), (8, 64)]
     dense = settings | {"sea": None, "distillation": None}
-    rows = lm_perplexity.run("dense", dense, language_options)
+    rows = list(lm_perplexity.run("dense", dense, language_options))
     assert [(row["method"], row["k"], row["seq_len"]) for row in rows] == [("teacher", None, 32), ("teacher", None, 64)]
 
 
@@ -177,7 +205,7 @@ def test_methods_share_teacher_and_batches_and_seeds_do_not(classification_optio
     }
     settings = RUNS["glue"]["sst2_1"] | {"batch_size": 8, "max_length": 16, "teacher_steps": 2, "steps": 2}
     settings |= {"methods": methods, "sea": settings["sea"] | {"predictor_length": 32}}
-    rows = glue.run("sst2_1", settings, classification_options)
+    rows = list(glue.run("sst2_1", settings, classification_options))
     assert [(row["method"], row.get("variant")) for row in rows] == [
         ("teacher", None),
         ("dense", "dense"),
@@ -193,6 +221,6 @@ def test_methods_share_teacher_and_batches_and_seeds_do_not(classification_optio
     for head in heads[2:]:
         assert torch.equal(head, heads[1]), "all methods start from one teacher"
     assert not torch.equal(heads[0], heads[1]), "the teacher learned"
-    glue.run("sst2_2", settings | {"seed": 2, "methods": {}}, classification_options)
+    list(glue.run("sst2_2", settings | {"seed": 2, "methods": {}}, classification_options))
     assert batches[8:] != batches[:2]
     assert not torch.equal(heads[4], heads[0])

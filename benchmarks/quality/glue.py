@@ -12,6 +12,7 @@ starts from it and trains for the same steps on the same batches. Scores are tho
 import argparse
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -84,26 +85,23 @@ def sizes(sea: SEAConfig | None) -> Row:
     }
 
 
-def run(name: str, settings: dict, options: argparse.Namespace) -> list[Row]:
+def run(name: str, settings: dict, options: argparse.Namespace) -> Iterator[Row]:
     """One task with one seed: the teacher, then every method."""
     torch.set_float32_matmul_precision("high")
     task, seed, rows = settings["task"], settings["seed"], data(settings, options)
     common = {"task": task, "model": "all-MiniLM-L6-v2", "seed": seed, "seq_len": settings["max_length"]}
-    results = []
     with tempfile.TemporaryDirectory() as folder:
         seed_everything(seed)
         optimizer = OptimizerConfig(**settings["teacher_optimizer"])
         module = GLUEModule(model=options.model, task=task, attention="dense", optimizer=optimizer, export_dir=folder)
-        results.append(common | {"method": "teacher"} | train_and_test(module, rows, settings["teacher_steps"], seed))
+        yield common | {"method": "teacher"} | train_and_test(module, rows, settings["teacher_steps"], seed)
         for label, method in settings["methods"].items():
             method = method or {}
             found = arguments(method, settings)
             seed_everything(seed)
             module = GLUEModule(model=folder, task=task, **found)
             row = common | {"method": method.get("method", label), "variant": label} | sizes(found["sea"])
-            results.append(row | train_and_test(module, rows, settings["steps"], seed))
-            print(results[-1], flush=True)
-    return results
+            yield row | train_and_test(module, rows, settings["steps"], seed)
 
 
 if __name__ == "__main__":

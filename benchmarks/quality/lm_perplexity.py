@@ -12,6 +12,7 @@ settings were chosen by, for choosing more of them.
 import argparse
 import itertools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -69,18 +70,17 @@ class Tests:
         self.trainer = trainer([self.monitor] if sparse else [])
         self.batches: dict[int, DataLoader] = {}
 
-    def run(self, parts: list[dict]) -> list[Row]:
+    def run(self, parts: list[dict]) -> Iterator[Row]:
         """Rows of every pair of k and length that ``parts`` name, each once; without k, of every length."""
-        rows: dict[tuple[int | None, int], Row] = {}
+        done = set()
         for part in parts:
             for k, seq_len in itertools.product(self.allowed_k(part), part["seq_len"]):
-                if (k, seq_len) not in rows:
+                if (k, seq_len) not in done:
+                    done.add((k, seq_len))
                     sparsity_batches = part.get("sparsity_batches", self.settings["sparsity_batches"])
-                    rows[k, seq_len] = {"k": k} | self.test(k, seq_len, sparsity_batches)
-                    print(rows[k, seq_len], flush=True)
+                    yield {"k": k} | self.test(k, seq_len, sparsity_batches)
         if self.trained_k:
             set_k(self.module.student, self.trained_k)
-        return list(rows.values())
 
     def allowed_k(self, part: dict) -> list[int | None]:
         """Those k of a part that the run may be tested at: one if it keeps the k that it trained with, or has none."""
@@ -122,7 +122,7 @@ def train(module: CausalLMModule, settings: dict, options: argparse.Namespace) -
     return cost
 
 
-def run(name: str, settings: dict, options: argparse.Namespace) -> list[Row]:
+def run(name: str, settings: dict, options: argparse.Namespace) -> Iterator[Row]:
     """Train one model and test it, before (what conversion alone gives) and after."""
     torch.set_float32_matmul_precision("high")
     seed_everything(settings["seed"])
@@ -131,14 +131,12 @@ def run(name: str, settings: dict, options: argparse.Namespace) -> list[Row]:
     common = {"task": "lm", "model": "SmolLM2-135M", "method": method, "variant": settings.get("variant", "")}
     common |= {"predictor_length": module.student.sea_conversion.config.predictor_length if sea else None}
     common |= {"seed": settings["seed"], "train_len": settings["train_len"], "split": options.split}
-    tests, rows = Tests(module, settings, options), []
-    if settings["untrained_tests"]:
-        untrained = common | {"steps": 0} | ({} if sea else {"method": "teacher"})
-        rows += [untrained | row for row in tests.run(settings["untrained_tests"])]
+    tests = Tests(module, settings, options)
+    untrained = common | {"steps": 0} | ({} if sea else {"method": "teacher"})
+    yield from (untrained | row for row in tests.run(settings["untrained_tests"]))
     if settings["steps"]:
         trained = common | {"steps": settings["steps"]} | train(module, settings, options)
-        rows += [trained | row for row in tests.run(settings["tests"])]
-    return rows
+        yield from (trained | row for row in tests.run(settings["tests"]))
 
 
 if __name__ == "__main__":

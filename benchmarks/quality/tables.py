@@ -8,7 +8,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,15 +62,19 @@ def parser(description: str, config: str) -> argparse.ArgumentParser:
     return arguments
 
 
-def main(options: argparse.Namespace, run: Callable[[str, dict, argparse.Namespace], list[Row]]) -> None:
-    """Do the runs that ``options`` ask for; ``run`` gives the rows of one."""
+def main(options: argparse.Namespace, run: Callable[[str, dict, argparse.Namespace], Iterator[Row]]) -> None:
+    """Do the runs that ``options`` ask for; ``run`` gives the rows of one, each as soon as it is measured."""
     runs = load_runs(options.config, options.only, options.set)
     if options.worker:
         torch.set_num_threads(max(1, torch.get_num_threads() // options.parallel))  # workers would slow one another
-        rows = run(options.worker, runs[options.worker], options)
-        write_results(_part(options.output, options.worker), [{"run": options.worker, **row} for row in rows])
+        rows: list[Row] = []
+        for row in run(options.worker, runs[options.worker], options):
+            rows.append({"run": options.worker, **row})
+            print(rows[-1], flush=True)
+            write_results(_part(options.output, options.worker), rows)  # a run that is cut short leaves what it has
         return
     options.output.parent.mkdir(parents=True, exist_ok=True)
+    merge_parts(options.output)  # what an earlier call left that was cut short
     failed = _run_processes(list(runs), options)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
@@ -90,7 +94,7 @@ def _run_processes(waiting: list[str], options: argparse.Namespace) -> list[str]
         time.sleep(0.2)
         for name in [name for name, process in running.items() if process.poll() is not None]:
             code = running.pop(name).returncode
-            merge_parts(options.output)  # at once, so that a run that is cut short leaves what it has
+            merge_parts(options.output, name)
             print(f"{time.perf_counter() - begin:6.0f} s  {name}: {'done' if code == 0 else 'FAILED'}", flush=True)
             if code:
                 failed.append(name)
@@ -102,9 +106,11 @@ def _part(output: Path, name: str) -> Path:
     return output.with_name(f"{output.stem}.{name}.part.json")
 
 
-def merge_parts(output: Path) -> None:
-    """Put the rows of finished runs into ``output``, in place of older rows of the same runs."""
-    parts = sorted(output.parent.glob(f"{output.stem}.*.part.json"))
+def merge_parts(output: Path, name: str = "*") -> None:
+    """Put the rows of one run, or of all that left a part, into ``output``, in place of older rows of these runs."""
+    parts = sorted(output.parent.glob(_part(output, name).name))
+    if not parts:
+        return
     rows = [row for part in parts for row in json.loads(part.read_text())["rows"]]
     new = {row["run"] for row in rows}
     old = json.loads(output.read_text())["rows"] if output.is_file() else []
@@ -122,4 +128,6 @@ def write_results(path: Path, rows: list[Row]) -> None:
         "command": " ".join(["python", *sys.argv]),
     }
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    path.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
+    new = path.with_suffix(".new")
+    new.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
+    new.replace(path)  # whole or not at all, whenever the process ends
