@@ -70,7 +70,7 @@ def test_other_k_and_cost(tmp_path, language_rows):
     assert "| 32 | 31.0 | 0.700 | – | 24.00 (1.200) | – |" in text
     assert "| **64** | 60.0 | 0.800 | 33.00 | 21.00 (1.050) | 18.00 (1.125) |" in text
     assert "| SEA (k = 64) | 5 | 62.0 | 200.0 | 0.2000 | 0.750 | 30 (3.00) | 1500 (1.50) |" in text
-    assert "Up to 3 runs shared the device" in text
+    assert "up to 3 runs shared the device" in text
 
 
 def test_what_the_files_lack_is_named(tmp_path, language_rows):

@@ -11,6 +11,7 @@ import lm_perplexity
 import pytest
 import tables
 import torch
+import trainers
 from lightning.pytorch import Trainer
 from tiny import WORDS, save_bert, save_llama
 from transformers import AutoModel
@@ -145,18 +146,35 @@ def language_options(tmp_path) -> argparse.Namespace:
 
 
 def test_a_language_run_tests_every_pair_once_before_and_after(language_settings, language_options, monkeypatch):
-    tests, test = [], Trainer.test
-    monkeypatch.setattr(
-        Trainer, "test", lambda self, *args, **kwargs: tests.append(self) or test(self, *args, **kwargs)
-    )
+    used, places, test = [], [], Trainer.test
+
+    def watched(trainer, module, *args, **kwargs):
+        found = test(trainer, module, *args, **kwargs)
+        used.append(trainer)
+        places.append(module.device)
+        return found
+
+    monkeypatch.setattr(Trainer, "test", watched)
     rows = list(lm_perplexity.run("sea", language_settings, language_options))
-    places = [(row["steps"], row["k"], row["seq_len"]) for row in rows]
-    assert places == [(0, 8, 32), (2, 8, 32), (2, 8, 64), (2, 16, 32), (2, 16, 64), (2, 12, 64)]
-    assert len(set(map(id, tests))) == 1, "one trainer for all tests"
+    assert set(places) == {trainers.device()}, "the model stays where it is"
+    assert len(set(map(id, used))) == 1, "one trainer for all tests"
+    pairs = [(row["steps"], row["k"], row["seq_len"]) for row in rows]
+    assert pairs == [(0, 8, 32), (2, 8, 32), (2, 8, 64), (2, 16, 32), (2, 16, 64), (2, 12, 64)]
     assert [("kept_mass" in row) for row in rows] == [True] * 5 + [False]
     assert rows[0]["value"] != rows[1]["value"]
     assert rows[3]["keys_per_row"] > rows[1]["keys_per_row"]
     assert all("train_seconds" in row for row in rows[1:])
+
+
+@pytest.mark.parametrize(("name", "run"), LANGUAGE)
+def test_language_runs_train_and_are_tested(name, run, language_options):
+    settings = RUNS[name][run]
+    sea = settings.get("sea") and settings["sea"] | ({"k": 32} if "k" in settings["sea"] else {})
+    settings |= {"sea": sea, "train_len": 64, "steps": 2, "estimator_steps": min(1, settings["estimator_steps"])}
+    settings |= {"tests": [{"seq_len": [64]}], "untrained_tests": []}
+    (row,) = lm_perplexity.run(run, settings, language_options)
+    assert 1 < row["value"] < 1000
+    assert row["steps"] == 2
 
 
 def test_a_run_that_keeps_its_k_is_tested_at_that_alone(language_settings, language_options):

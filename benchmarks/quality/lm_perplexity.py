@@ -116,7 +116,8 @@ def train(module: CausalLMModule, settings: dict, options: argparse.Namespace) -
     begin = time.perf_counter()
     fit.fit(module, data)
     cost = {"train_seconds": round(time.perf_counter() - begin, 1)}
-    cost["train_loss"] = round(float(fit.callback_metrics["train/task"]), 4)
+    if "train/task" in fit.callback_metrics:
+        cost["train_loss"] = round(float(fit.callback_metrics["train/task"]), 4)
     if torch.cuda.is_available():
         cost["peak_mib"] = round(torch.cuda.max_memory_allocated() / 2**20)
     return cost

@@ -146,12 +146,13 @@ def cost_section(results: Results, runs: Runs) -> list[str]:
         "peak memory, MiB",
     ]
     share = results.parallel()
-    together = f"Up to {share} runs shared the device, so seconds compare roughly" if share > 1 else "One run at a time"
+    together = f"up to {share} runs shared the device" if share > 1 else "one run at a time"
     return [
         "## 5. What it costs",
         "Keys per row, pooled runs that the far field reads beside them, density (kept keys over visible keys) and "
-        f"kept mass at {longest} tokens; in parentheses the ratio to the dense model's training. {together}; memory is "
-        "what PyTorch allocated at most in training, the teacher included where there is one.",
+        f"kept mass at {longest} tokens; in parentheses the ratio to the dense model's training. Seconds include the "
+        f"compilation of kernels, with {together}: they compare roughly. Memory is what PyTorch allocated at most in "
+        "training, the teacher included where there is one.",
         results.source_again(1),
         table(header, lines),
     ]

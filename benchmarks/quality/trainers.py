@@ -31,6 +31,7 @@ def trainer(callbacks: list, **changes) -> Trainer:
     """A trainer for one fit, or for any number of tests of one model."""
     return Trainer(
         accelerator="auto",
+        devices=1,
         strategy=ResidentStrategy(device()),
         precision="bf16-mixed" if torch.cuda.is_available() else "32-true",
         gradient_clip_val=1.0,
