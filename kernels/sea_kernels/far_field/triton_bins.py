@@ -94,24 +94,28 @@ def _bins_kernel(
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, VALUE_PADDED], tl.float32)
 
+    # Bins of successive widths follow one another: one loop takes the words of all widths of the block. It counts from
+    # 0, since Triton finds no wide loads where the first step is a reduction's result.
+    WORDS: tl.constexpr = NUM_BINS // TILE
     low = tl.maximum(tl.min(tl.where(length > 0, level, 31)), FIRST_LEVEL)
+    high = tl.max(level)
+    most = tl.max(tl.where(level == high, used, 0))
     row = item_head * num_queries + rows
-    p_word = BITS + row * (NUM_BINS // 32)
-    BIN_K += item_head * num_levels * (NUM_BINS * HEAD_DIM)
-    BIN_V += item_head * num_levels * (NUM_BINS * VALUE_DIM)
-    BIN_OFFSET += item_head * num_levels * NUM_BINS
-    for current in range(low, tl.max(level) + 1):
-        own = tl.where(level == current, used, 0)
-        for word in range(0, (tl.max(own) + 31) // 32):
-            kept = tl.load(p_word + word, mask=own > 0, other=0)
-            bin_ = current * NUM_BINS + word * TILE + o_tile
-            b_k = load_columns(BIN_K, bin_, bin_ >= 0, HEAD_DIM, HEAD_DIM, HEAD_PADDED)  # [TILE, HEAD]
-            b_v = load_columns(BIN_V, bin_, bin_ >= 0, VALUE_DIM, VALUE_DIM, VALUE_PADDED)  # [TILE, VALUE]
-            offset = tl.load(BIN_OFFSET + bin_) * LOG2E
-            scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale + offset[None, :]
-            far = ((kept[:, None] >> o_tile[None, :]) & 1) == 0
-            far = far & (o_tile[None, :] < (own - word * TILE)[:, None])
-            highest, total, acc = accumulate(scores, far, b_v, highest, total, acc, PRECISION)
+    BIN_K += (item_head * num_levels + low) * (NUM_BINS * HEAD_DIM)
+    BIN_V += (item_head * num_levels + low) * (NUM_BINS * VALUE_DIM)
+    BIN_OFFSET += (item_head * num_levels + low) * NUM_BINS
+    for step in range(0, (high - low) * WORDS + (most + TILE - 1) // TILE):
+        own = tl.where(level == low + step // WORDS, used, 0)
+        word = step % WORDS
+        kept = tl.load(BITS + row * WORDS + word, mask=own > 0, other=0)
+        bin_ = step * TILE + o_tile
+        b_k = load_columns(BIN_K, bin_, bin_ >= 0, HEAD_DIM, HEAD_DIM, HEAD_PADDED)  # [TILE, HEAD]
+        b_v = load_columns(BIN_V, bin_, bin_ >= 0, VALUE_DIM, VALUE_DIM, VALUE_PADDED)  # [TILE, VALUE]
+        offset = tl.load(BIN_OFFSET + bin_) * LOG2E
+        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale + offset[None, :]
+        far = ((kept[:, None] >> o_tile[None, :]) & 1) == 0
+        far = far & (o_tile[None, :] < (own - word * TILE)[:, None])
+        highest, total, acc = accumulate(scores, far, b_v, highest, total, acc, PRECISION)
 
     total = tl.where(total == 0.0, 1.0, total)
     o_value = tl.arange(0, VALUE_PADDED)
