@@ -20,7 +20,7 @@ from lightning_sea.distillation import DistillationConfig
 from lightning_sea.tasks import GLUEModule
 
 HERE = Path(tables.__file__).parent
-RUNS = {name: tables.load_runs(HERE / f"{name}.yaml", None, []) for name in ("lm_perplexity", "ablations", "glue")}
+RUNS = {name: tables.load_runs(HERE / f"{name}.yaml", None, []) for name in ("lm_perplexity", "ablations", "designs", "glue")}
 LANGUAGE = [(name, run) for name in ("lm_perplexity", "ablations") for run in RUNS[name]]
 
 

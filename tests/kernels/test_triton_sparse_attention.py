@@ -118,7 +118,7 @@ def test_full_mask_is_dense_attention(random_qkv):
 
 
 def test_float64_has_no_kernel(random_qkv):
-    query, key, value = random_qkv(batch=1)
+    query, key, value = (tensor.to(DEVICE) for tensor in random_qkv(batch=1))
     with pytest.raises(NotImplementedError, match="no Triton form"):
         sparse_attention(
             query, key, value, random_bins((1, 4, 7), "aligned"), causal=True, scaling=1.0, backend="triton"
