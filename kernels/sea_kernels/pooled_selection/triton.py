@@ -121,14 +121,15 @@ def _select_kernel(
     o_bin, o_chunk = tl.arange(0, BINS_PADDED), tl.arange(0, CHUNK)
     CHUNKS: tl.constexpr = (HEAD_DIM + CHUNK - 1) // CHUNK
     p_q = Q + item * q_item + head.to(tl.int64) * q_head + rows.to(tl.int64)[:, None] * q_row
-    pooled = POOLED + item_head * num_levels * (NUM_BINS * PARTS * HEAD_DIM)
     low = tl.min(tl.where(length > 0, level, 31))
     high = tl.max(level)
+    pooled = POOLED + (item_head * num_levels + low) * (NUM_BINS * PARTS * HEAD_DIM)
     scores = tl.zeros([ROWS, BINS_PADDED], tl.float32)
-    for step in range(low * PARTS * CHUNKS, (high + 1) * PARTS * CHUNKS):
+    # Counts from 0, since Triton finds no wide loads where the first step is a reduction's result.
+    for step in range(0, (high - low + 1) * PARTS * CHUNKS):
         current, part, chunk = step // (PARTS * CHUNKS), step // CHUNKS % PARTS, step % CHUNKS
         o_dim = chunk * CHUNK + o_chunk
-        m_q = ((length > 0) & (level == current))[:, None] & (o_dim < HEAD_DIM)[None, :]
+        m_q = ((length > 0) & (level == low + current))[:, None] & (o_dim < HEAD_DIM)[None, :]
         b_q = tl.load(p_q + o_dim[None, :], mask=m_q, other=0.0)  # [ROWS, CHUNK], 0 where the row's width differs
         if PARTS == 2:
             b_q = tl.where(part == 1, tl.abs(b_q), b_q)
