@@ -268,7 +268,7 @@ def _kept_bits(ENTRIES, count, start, STEPS: tl.constexpr):
     """Row bits of the entry that begins at each ``start [TILE]`` (0 where none does), by bisection on the list."""
     low = start * 0
     high = low + count
-    for _ in range(0, STEPS):
+    for _ in tl.static_range(STEPS):  # unrolled: Triton prefetches in innermost loops only
         middle = (low + high) // 2
         open_ = low < high
         smaller = (tl.load(ENTRIES + middle, mask=open_, other=0) >> 16).to(tl.int32) < start
