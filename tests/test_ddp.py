@@ -27,8 +27,10 @@ def run(kind: str, directory: str, processes: int, batch_size: int) -> dict[str,
     torch.manual_seed(0)
     arguments = {
         "model": directory,
-        # no pooled keys: with a bin per key they estimate exactly, and Adam makes steps of what rounding leaves
-        "sea": SEAConfig(k=4, predictor_length=32, decoder="conv", pooling="none", first_look_ratio=1),
+        # no pooled keys, no far field: with a bin per key either is exact, and Adam makes steps of what rounding leaves
+        "sea": SEAConfig(
+            k=4, predictor_length=32, decoder="conv", pooling="none", first_look_ratio=1, average_context="mean"
+        ),
         "estimator_steps": ESTIMATOR_STEPS,
         "optimizer": OptimizerConfig(lr=1e-3, weight_decay=0.1, warmup_steps=1, schedule="cosine"),
     }
