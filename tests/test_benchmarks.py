@@ -100,8 +100,7 @@ def test_checks_pass_for_the_reference_and_fail_for_a_wrong_gradient(monkeypatch
     assert not check["repeats"]
 
 
-def test_operations_give_the_gradients_of_a_whole_step():
-    """Of their sum, as far as the losses of attention and estimate go: query and key of attention, and the scores."""
+def test_single_operations_give_their_gradients():
     layer, teacher, inputs = small_layer(dtype=torch.float32, groups=2)
     steps = step.operation_steps(layer, teacher, inputs)
     assert tuple(steps) == step.OPERATIONS

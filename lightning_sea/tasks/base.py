@@ -41,7 +41,7 @@ class DistillationModule(LightningModule):
     The teacher is frozen and lives outside the module's parameters and checkpoints; it is loaded when first needed.
 
     Attributes:
-        student: the transformers model that trains.
+        student: the transformers model that trains. Its gradient checkpointing works with ``use_reentrant=False``.
         keep_records: set it before a training or evaluation step to have that step fill ``layer_records``.
         layer_records: for every layer of the latest batch, the teacher's and the student's record; emptied after the
             callbacks of the step. Always empty without a teacher, and in evaluation with ``attention="dense"``.
