@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 
 from .. import adapt
 from ..config import SEAConfig
-from ..data.embedded import resolve_model
 from ..data.tokenizers import check_positions
 from ..distillation import (
     DistillationConfig,
@@ -26,6 +25,7 @@ from ..distillation import (
 )
 from ..recorder import AttentionRecorder, LayerRecord
 from .layerwise import LayerwiseLosses
+from .loading import load_dense, load_sea, load_teacher
 from .optimization import OptimizerConfig, build_optimizer, parameters_without_gradient
 
 Batch = dict[str, Tensor]
@@ -100,7 +100,9 @@ class DistillationModule(LightningModule):
                 f"estimator_steps is {estimator_steps} with est_kl = est_mse = 0: the stage would learn nothing"
             )
         self.export_dir = export_dir
-        self.student = self._build_student(model, sea, layers).train()  # it was loaded in evaluation mode
+        loaded = self.auto_class, model, self.model_options()
+        student = load_dense(*loaded) if attention == "dense" else load_sea(*loaded, sea, layers)
+        self.student = student.train()  # it was loaded in evaluation mode
         self._check_losses()
         if freeze_base:
             self._freeze_base()
@@ -186,53 +188,12 @@ class DistillationModule(LightningModule):
         return teacher if teacher.device == self.device else teacher.to(self.device)
 
     def _load_teacher(self) -> PreTrainedModel:
-        name = self.teacher_name or self.hparams.model
-        if _is_sea(name):
-            raise ValueError(f"teacher is {name!r}, a SEA model: pass the plain model that it was distilled from")
-        model, new_weights = self._load_plain(name)
-        if new_weights:
-            raise ValueError(
-                f"teacher is {name!r}, which has no trained {', '.join(new_weights)}: train it on the task first, with "
-                "attention='dense' and an export_dir, and pass that directory"
-            )
-        model.config.pad_token_id = self.student.config.pad_token_id  # a classifying decoder finds its last token by it
-        return model.to(self._teacher_dtype()).eval().requires_grad_(False)
-
-    def _teacher_dtype(self) -> torch.dtype:
-        """bfloat16 where the student computes in it: half the memory, and no weights to cast in every step.
-
-        Not float16, in which the residual stream of a large model may overflow; there, autocast casts the products.
-        """
+        # bfloat16 where the student computes in it: half the memory, and no weights to cast in every step. Not float16,
+        # in which the residual stream of a large model may overflow.
         mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
-        return torch.bfloat16 if mixed else torch.float32
-
-    def _load_plain(self, name: str) -> tuple[PreTrainedModel, list[str]]:
-        model, report = self.auto_class.from_pretrained(
-            resolve_model(name),
-            dtype=torch.float32,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the head of another task
-            **self.model_options(),
-        )
-        return model, sorted({*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])})
-
-    def _build_student(self, name: str, sea: SEAConfig | None, layers: list[int] | None) -> PreTrainedModel:
-        if not _is_sea(name):
-            model, _ = self._load_plain(name)
-            return adapt.convert(model, sea or SEAConfig(), layers) if self.attention == "sea" else model
-        if self.attention == "dense":
-            raise ValueError(f"model is {name!r}, a SEA model, with attention='dense': pass the plain model")
-        model = adapt.load_pretrained(resolve_model(name))
-        saved = model.sea_conversion
-        if sea and sea.replace(k=saved.config.k) != saved.config:
-            theirs, ours = saved.config.to_dict(), sea.to_dict()
-            differing = {key: ours[key] for key in ours if key != "k" and ours[key] != theirs[key]}
-            raise ValueError(f"sea differs from what {name!r} was trained with in {differing}: only k may change")
-        if layers is not None and sorted(set(layers)) != saved.layers:
-            raise ValueError(f"layers is {layers}, but {name!r} was converted in layers {saved.layers}")
-        if sea:
-            adapt.set_k(model, sea.k)
-        return model
+        model = load_teacher(self.auto_class, self.teacher_name or self.hparams.model, self.model_options())
+        model.config.pad_token_id = self.student.config.pad_token_id  # a classifying decoder finds its last token by it
+        return model.to(torch.bfloat16) if mixed else model
 
     def export(self, directory: str | Path) -> None:
         """Save the student so that ``model`` (and, for a plain one, ``teacher``) can name the directory.
@@ -415,7 +376,3 @@ def _from_plain(config_class: type, value: Any) -> Any:
     if value is None:
         return config_class()
     return config_class(**value) if isinstance(value, dict) else value
-
-
-def _is_sea(name: str) -> bool:
-    return (Path(resolve_model(name)) / adapt.SEA_FILE).is_file()
