@@ -18,6 +18,14 @@ def interpreted_kernels_stay_in_bounds():
         yield
 
 
+@pytest.fixture
+def poisoned_memory():
+    """New tensors hold NaN, or the largest integer, until something is written to them."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(params=["bidir_head", "causal_T20"])
 def golden(request) -> dict:
     """Tensors of one golden file and what they were made with.

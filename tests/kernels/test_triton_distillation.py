@@ -17,6 +17,8 @@ from sea_kernels.distillation import TeacherStatistics, reference
 from sea_kernels.distillation.triton_teacher import bin_of_keys
 from sea_kernels.masks import BinMask, RunMask, pack_bits
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 HALF = [torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])  # the interpreter's bfloat16 is wrong
 LAYOUTS = [("relative", 0), ("relative", -190), ("aligned", 0)]
@@ -28,14 +30,6 @@ PLACES = {  # causal, queries, keys, (padding left, padding right) per item
     "bidirectional": (False, 111, 111, None),
     "bidirectional, padding": (False, 66, 66, [(10, 3), (66, 0)]),  # the second item is empty
 }
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New tensors hold NaN, or the largest integer, until something is written to them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=PLACES)

@@ -6,16 +6,10 @@ import torch
 from sea_kernels import far_field_attention, pooled_selection, second_look, triton_entries
 from sea_kernels.far_field import reference, triton_key_grad, triton_pooled_grad
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = "query", "key", "value", "centre"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New tensors hold NaN, or the largest integer, until something is written to them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def masks_of(query, key, looks, *, width=2, stride=1, num_bins=32, k=24, **place):

@@ -5,15 +5,9 @@ import torch
 
 from sea_kernels import far_field_attention, pooled_selection, second_look
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New tensors hold NaN, or the largest integer, until something is written to them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_same(tensors, *, causal=True, attention_mask=None, stride=1, looks_twice=True, window=0, tolerance=1e-6):

@@ -10,16 +10,10 @@ from sea_kernels.triton_common import item_spans
 from sea_kernels.triton_entries import EntryLists
 from sea_kernels.triton_inverse import UNIT_BITS, InverseLists, cut_tiles
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 16
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New tensors hold NaN, or the largest integer, until something is written to them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random_bins(heads, queries, share=0.3):

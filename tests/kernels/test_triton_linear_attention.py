@@ -6,16 +6,10 @@ import torch
 from sea_kernels import LinearState, linear_attention
 from sea_kernels.linear_attention import triton as implementation
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOTH_SIDES = [(31, 0), (3, 21)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New tensors hold NaN until something is written to them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

@@ -5,16 +5,10 @@ import torch
 
 from sea_kernels import pooled_scores
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 K = 32
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New tensors hold NaN until something is written to them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_same(query, key, *, attention_mask=None, tolerance=1e-6, num_bins=K, **options):

@@ -6,15 +6,9 @@ import torch
 from sea_kernels import pooled_scores, pooled_selection, select_bins
 from sea_kernels.masks import unpack_bits
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New integer tensors hold the largest integer until something is written to them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_same(query, key, *, k=12, num_bins=32, causal=True, attention_mask=None, bound=True, **options):

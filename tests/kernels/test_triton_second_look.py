@@ -7,15 +7,9 @@ from sea_kernels import pooled_selection, second_look
 from sea_kernels.masks import BinMask, group_leaders, pack_bits
 from sea_kernels.spans import row_spans
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New tensors hold NaN, or the largest integer, until something is written to them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def assert_same(

@@ -5,17 +5,11 @@ import torch
 
 from sea_kernels import select_bins
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 K = 32
 BOTH_SIDES = [(31, 0), (3, 21)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New integer tensors hold the largest integer until something is written to them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random_scores(batch=1, heads=3, queries=40, num_bins=K):

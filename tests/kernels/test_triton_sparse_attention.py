@@ -7,16 +7,10 @@ from sea_kernels import sparse_attention
 from sea_kernels.masks import BinMask, RunMask, pack_bits, window_start
 from sea_kernels.spans import row_spans
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOTH_SIDES = [(31, 0), (0, 21)]
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New tensors hold NaN until something is written to them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random_bins(shape, layout, shift=0, share=0.2, num_bins=32):

@@ -8,17 +8,11 @@ from sea_kernels.masks import BinMask, RunMask, kept_keys, pack_bits, window_sta
 from sea_kernels.spans import row_spans
 from sea_kernels.sparse_attention import triton_backward
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOTH_SIDES = [(53, 0), (5, 21)]
 NAMES = "query", "key", "value", "row_scale"
-
-
-@pytest.fixture(autouse=True)
-def poisoned_memory():
-    """New tensors hold NaN, or the largest integer, until something is written to them."""
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def random_bins(shape, layout, shift=0, share=0.2, num_bins=32):
