@@ -102,7 +102,8 @@ def second_look(
                 PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
                 num_warps=max(1, slots // SLOTS_PER_WARP),
                 num_stages=2,
-                maxnreg=168,  # 12 warps instead of 8 on an H100's multiprocessor, worth a few spilled registers
+                # 12 warps instead of 8 on an H100's multiprocessor, worth the few registers that half precision spills
+                maxnreg=168 if query.itemsize == 2 else None,
             )
     return starts
 
