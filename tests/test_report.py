@@ -99,6 +99,15 @@ def test_scores_have_mean_and_spread_over_seeds_and_are_paired_with_the_dense_mo
     assert (tmp_path / "docs" / "results_glue.png").stat().st_size > 10_000
 
 
+def test_a_task_that_is_not_measured_yet_leaves_the_others_to_compare(tmp_path):
+    rows = glue_rows("rte", 1, teacher=0.5, dense=0.6, sea_7=0.58) + glue_rows(
+        "cola", 1, teacher=0.5, dense=0.4, sea_7=0.39
+    )
+    text = page(tmp_path, glue=rows)
+    assert "| SEA (k = 7) | – | 39.0 | – | 58.0 | – | -1.50 |" in text
+    assert "all of sst2_1" in text
+
+
 def test_ablations_are_compared_with_the_unchanged_run(tmp_path):
     rows = [lm_row("sea", 20.0, k=64, keys_per_row=60.0), lm_row("one_look", 25.0, k=64, keys_per_row=61.0)]
     text = page(tmp_path, ablations=rows)

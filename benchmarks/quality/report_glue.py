@@ -34,11 +34,12 @@ def scores(results: Results, name: str, task: str) -> dict[int, float]:
 
 
 def differences(results: Results, name: str, runs: Runs) -> list[float]:
-    """For every seed that has all tasks, the mean over tasks of the score minus that of the dense model."""
+    """For every seed that has all tasks in the file, the mean over them of the score minus that of the dense model."""
     pairs = [(scores(results, name, task), scores(results, "dense", task)) for task in tasks(runs)]
+    pairs = [(ours, dense) for ours, dense in pairs if dense]
     seeds = sorted({settings["seed"] for settings in runs.values()})
     complete = [seed for seed in seeds if all(seed in ours and seed in dense for ours, dense in pairs)]
-    return [statistics.mean(ours[seed] - dense[seed] for ours, dense in pairs) for seed in complete]
+    return [statistics.mean(ours[seed] - dense[seed] for ours, dense in pairs) for seed in complete if pairs]
 
 
 def glue_section(results: Results, runs: Runs) -> list[str]:
