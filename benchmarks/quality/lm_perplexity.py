@@ -5,8 +5,9 @@
         --output benchmarks/results/lm_perplexity.json
 
 Every run of ``lm_perplexity.yaml`` trains one model on the same windows of text in the same order, and tests it at
-several lengths and, for SEA, at several k, without further training. ``--split validation`` tests on the text that
-settings were chosen by, for choosing more of them.
+several lengths and, for SEA, at several k, without further training. ``--config ablations.yaml`` (in this folder)
+does the same with SEA's parts taken out one by one. ``--split validation`` tests on the text that settings were chosen
+by, for choosing more of them.
 """
 
 import argparse
