@@ -30,7 +30,7 @@ def assert_same(tensors, *, causal=True, attention_mask=None, stride=1, looks_tw
 
 
 @pytest.mark.parametrize("looks_twice", [True, False])
-@pytest.mark.parametrize(("queries", "keys"), [(1, 150), (40, 150)])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 150), (40, 150), (40, 280)])  # widths change at 129 and 257 keys
 def test_causal_rows_match(random_qkv, queries, keys, looks_twice):
     sizes = {"batch": 1, "heads": 2, "groups": 1, "width": 16, "value_width": 8}
     tensors = [x.float() for x in random_qkv(queries=queries, keys=keys, **sizes)]
@@ -48,8 +48,10 @@ def test_bidirectional_rows_match(random_qkv, padding_mask):
     assert_same(tensors, causal=False, attention_mask=padding_mask(140, [(10, 3), (140, 0)]))
 
 
-def test_half_precision_and_odd_widths(random_qkv):
-    tensors = [x.half() for x in random_qkv(batch=1, heads=1, groups=1, queries=100, width=27, value_width=20)]
+@pytest.mark.parametrize(("width", "value_width"), [(27, 20), (96, 80)])
+def test_half_precision_and_odd_widths(random_qkv, width, value_width):
+    sizes = {"queries": 60, "keys": 150, "width": width, "value_width": value_width}
+    tensors = [x.half() for x in random_qkv(batch=1, heads=1, groups=1, **sizes)]
     assert_same(tensors, tolerance=2e-3)
 
 

@@ -46,7 +46,7 @@ class Walk:
         self.query, self.key, self.value, self.centre = query, key, value, centre.contiguous()
         self.batch, self.heads, self.num_queries, self.head_dim = query.shape
         self.groups, self.num_keys, self.value_dim = value.shape[1:]
-        self.row_bytes = max(self.head_dim, self.value_dim) * query.itemsize
+        self.row_bytes = next_power_of_2(max(self.head_dim, self.value_dim)) * query.itemsize
         self.causal, self.scaling, self.spans = causal, scaling, item_spans(attention_mask)
         self.kept, self.looks_twice = kept, isinstance(kept, RunMask)
         self.bins = coarse if self.looks_twice else kept
