@@ -240,7 +240,13 @@ def padding_on_both_sides():
 @pytest.mark.parametrize(
     "options",
     [
-        {"pooling": "none", "grouping": "causal_batch", "bins": "relative", "upsampling": "nearest"},
+        {
+            "pooling": "none",
+            "grouping": "causal_batch",
+            "bins": "relative",
+            "upsampling": "nearest",
+            "average_context": "mean",
+        },
         {"pooling": "mean_bound", "first_look_ratio": 2},
         {"pooling": "mean", "query_stride": 2, "average_context": "none"},
         {"pooling": "none", "query_stride": 4, "grouping": "causal_batch"},
