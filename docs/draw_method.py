@@ -18,12 +18,12 @@ from lightning_sea.recorder import AttentionRecorder, LayerRecord
 from lightning_sea.visualization import attention_matrices
 
 NUM_TOKENS, LAYER, HEAD = 96, 1, 2
-CONFIG = SEAConfig(k=12, predictor_length=32, first_look_ratio=1, gate_bias=2.0)
+CONFIG = SEAConfig(k=12, predictor_length=32, first_look_ratio=1)
 PANELS = (
     ("dense attention", "every query, every key", "T × T"),
     ("1. estimate", "K scores per query", "T × K"),
     ("2. select", "keep the best bins", "K bits per query"),
-    ("3. attend", "exact, over kept keys", "T × k"),
+    ("3. attend", "kept keys exactly, the rest pooled", "T × (k + K)"),
 )
 
 

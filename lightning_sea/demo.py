@@ -26,6 +26,7 @@ METRICS = {"classifier": "accuracy", "lm": "perplexity"}
 COLUMNS = {  # name in the results: (heading, format)
     "metric": ("", "{:.3f}"),
     "keys_per_query": ("keys per query", "{:.1f}"),
+    "pooled_per_query": ("pooled runs", "{:.1f}"),
     "density": ("density", "{:.1%}"),
     "kept_mass": ("kept teacher mass", "{:.1%}"),
     "peak_memory_mib": ("peak memory (MiB)", "{:.0f}"),

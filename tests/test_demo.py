@@ -18,14 +18,14 @@ SHORT = [
 def test_the_table_has_one_line_per_row_and_dashes_for_what_is_missing():
     rows = {
         "teacher": {"metric": 20.0, "peak_memory_mib": 512.4, "seconds": 3.0},
-        "SEA": {"metric": 20.5, "keys_per_query": 60.0, "density": 0.234, "kept_mass": 0.9, "peak_memory_mib": 600.0},
+        "SEA": {"metric": 20.5, "keys_per_query": 60.0, "pooled_per_query": 99.5, "density": 0.234, "kept_mass": 0.9},
     }
     lines = format_table("lm", rows).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert lines[0].split()[:2] == ["lm", "perplexity"]
     assert [heading in lines[0] for heading, _ in COLUMNS.values()] == [True] * len(COLUMNS)
-    assert lines[2].split() == ["teacher", "20.000", "-", "-", "-", "512", "3"]
-    assert lines[3].split() == ["SEA", "20.500", "60.0", "23.4%", "90.0%", "600", "-"]
+    assert lines[2].split() == ["teacher", "20.000", "-", "-", "-", "-", "512", "3"]
+    assert lines[3].split() == ["SEA", "20.500", "60.0", "99.5", "23.4%", "90.0%", "-", "-"]
 
 
 @pytest.mark.parametrize("task", ["classifier", "lm"])
