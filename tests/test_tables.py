@@ -20,7 +20,7 @@ from lightning_sea.distillation import DistillationConfig
 from lightning_sea.tasks import GLUEModule
 
 HERE = Path(tables.__file__).parent
-NAMES = ("lm_perplexity", "ablations", "designs", "glue")
+NAMES = ("lm_perplexity", "ablations", "designs", "trials", "glue")
 RUNS = {name: tables.load_runs(HERE / f"{name}.yaml", None, []) for name in NAMES}
 LANGUAGE = [(name, run) for name in ("lm_perplexity", "ablations") for run in RUNS[name]]
 
