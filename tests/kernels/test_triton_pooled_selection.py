@@ -59,6 +59,11 @@ def test_bins_that_are_no_power_of_two(random_qkv):
     assert_same(query, key, num_bins=96)
 
 
+def test_many_bins(random_qkv):
+    query, key, _ = (x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=70, keys=1100, width=8))
+    assert_same(query, key, num_bins=512, k=100)
+
+
 @pytest.mark.parametrize(("queries", "keys", "sides"), [(70, 111, [(31, 0), (60, 3)]), (71, 111, None)])
 def test_rows_that_share_an_estimate(random_qkv, padding_mask, queries, keys, sides):
     query, key, _ = (x.float() for x in random_qkv(heads=1, groups=1, queries=queries, keys=keys, width=8))

@@ -24,6 +24,8 @@ from ..triton_common import (
 from ..triton_pooling import pool_bins
 from ..triton_ranking import pack_largest
 
+SCORES_PER_PROGRAM = 16384  # in half precision: 128 a thread, in registers
+
 
 def pooled_selection(
     query: Tensor,
@@ -48,7 +50,8 @@ def pooled_selection(
     new = query.new_empty if spans is None else query.new_zeros  # with a stride, no program visits rows of padding
     bits = new(batch, heads, num_queries, num_bins // 32, dtype=torch.int32)
     levels = count_levels(num_keys, num_bins)
-    block = 64 if query.element_size() < 4 else 32
+    bins_padded = next_power_of_2(num_bins)
+    block = max(16, min(64, SCORES_PER_PROGRAM // bins_padded) * 2 // max(2, query.element_size()))
     with on_device(query):
         pooled = pool_bins(key, heads, num_bins, levels, spans, scaling, mean_weight, bound_weight)
         groups = cdiv(num_queries, stride) + (stride > 1)
@@ -67,7 +70,7 @@ def pooled_selection(
             CHUNK=min(64, max(16, next_power_of_2(head_dim))),
             PARTS=pooled.shape[4],
             NUM_BINS=num_bins,
-            BINS_PADDED=next_power_of_2(num_bins),
+            BINS_PADDED=bins_padded,
             ROWS=block,
             CAUSAL=causal,
             HAS_PADDING=spans is not None,
