@@ -303,3 +303,28 @@ def test_padding_rows_count_no_pooled_runs(random_qkv, padding_mask):
     alone = [x[1:, :, :29] for x in (query, key)]
     unpadded = count_pooled(*masks_of(*alone, 2, causal=True), num_keys=29, causal=True)
     assert torch.equal(counts[1:, :, :29], unpadded)
+
+
+@pytest.mark.parametrize(
+    ("looks", "causal", "options"),
+    [
+        (1, True, {}),
+        (1, False, {}),
+        (2, True, {}),
+        (2, False, {}),
+        (2, True, {"width": 4}),
+        (2, True, {"width": 8, "k": 32}),  # wider than most rows' bins
+        (2, True, {"window": 6}),
+        (2, True, {"stride": 4}),
+        (2, True, {"stride": 4, "width": 8, "k": 32}),
+    ],
+)
+def test_counts_are_of_the_runs_that_attention_takes(random_qkv, padding_mask, looks, causal, options):
+    query, key, _ = random_qkv(queries=150, width=5)
+    mask = padding_mask(150, [(0, 0), (9, 20)])
+    kept, coarse = masks_of(query, key, looks, causal=causal, attention_mask=mask, **options)
+    spans = row_spans(2, 150, 150, causal=causal, attention_mask=mask)
+    near = kept_keys(kept, spans._replace(start=torch.zeros_like(spans.start)), 150)
+    runs = reference._far_runs(near, spans.length, kept, coarse, slice(None))
+    taken = torch.stack([far.sum(-1).expand(near.shape[:3]) for _, far in runs]).sum(0)
+    assert torch.equal(count_pooled(kept, coarse, num_keys=150, causal=causal, attention_mask=mask), taken)

@@ -98,7 +98,7 @@ def count_pooled(
 ) -> Tensor:
     """Number of pooled runs in every row's softmax: what :func:`far_field_attention` reads beside the kept keys.
 
-    Built a chunk of rows at a time, from masks over keys: for monitoring, not for the hot path.
+    In PyTorch, in time and memory linear in T: for monitoring, not for the hot path.
 
     Args:
         kept, coarse: as for :func:`far_field_attention`.
@@ -117,11 +117,11 @@ def count_pooled(
     check_mask(kept, words.shape, causal)
     _check_bins(kept, coarse, words, causal)
     check_same_device(kept=words, coarse=None if coarse is None else coarse.bits, attention_mask=attention_mask)
-    from . import reference
+    from . import counts
 
     rows = (words.shape[0], words.shape[2], num_keys)
     spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=words.device)
-    return reference.count_pooled(kept, coarse, spans, num_keys)
+    return counts.count_pooled(kept, coarse, spans)
 
 
 def _fits_kernel(kept: BinMask | RunMask, coarse: BinMask | None) -> bool:

@@ -134,18 +134,6 @@ def _attend(
     return output.to(query.dtype)
 
 
-def count_pooled(kept: BinMask | RunMask, coarse: BinMask | None, spans: RowSpans, num_keys: int) -> Tensor:
-    """See :func:`sea_kernels.count_pooled`."""
-    batch, heads, num_queries, _ = (kept.bits if isinstance(kept, BinMask) else kept.starts).shape
-    spans = spans._replace(start=torch.zeros_like(spans.start))
-    counts = []
-    for rows in row_chunks(num_queries, 2 * batch * heads * num_keys):
-        near = kept_keys(kept, spans, num_keys, rows)
-        runs = _far_runs(near, spans.length[:, rows], kept, coarse, rows)
-        counts.append(torch.stack([far.sum(-1).expand(near.shape[:3]) for _, far in runs]).sum(0))
-    return torch.cat(counts, 2)
-
-
 def _check_own(near: Tensor, length: Tensor) -> None:
     own = (length - 1).clamp_min(0)[:, None, :, None].expand(*near.shape[:3], 1)
     missing = ~near.gather(-1, own).squeeze(-1) & (length > 0)[:, None]
