@@ -76,7 +76,7 @@ class SEAConfig:
     redraw_interval: int = 1000
     position_period: float = 65536.0
     first_look_ratio: int = 8
-    second_look_width: int = 4
+    second_look_width: int = 2
     window: int = 0
     query_stride: int = 1
     average_context: str = "far"

@@ -68,8 +68,9 @@ def main(options: argparse.Namespace, run: Callable[[str, dict, argparse.Namespa
     if options.worker:
         torch.set_num_threads(max(1, torch.get_num_threads() // options.parallel))  # workers would slow one another
         rows: list[Row] = []
+        origin = {"device": device_name(), "commit": commit()}  # of this run: a file may hold runs of several calls
         for row in run(options.worker, runs[options.worker], options):
-            rows.append({"run": options.worker, **row})
+            rows.append({"run": options.worker, **row, **origin})
             print(rows[-1], flush=True)
             write_results(_part(options.output, options.worker), rows)  # a run that is cut short leaves what it has
         return

@@ -31,6 +31,7 @@ from ..triton_ranking import threshold, tie_cut
 
 TILE_RUNS = 32  # runs scored at a time
 SLOTS_PER_WARP = 128  # candidates of a row that one warp holds in registers
+MAX_WARPS = 32
 FEW_BLOCKS = 32  # fewer of them join the next launch: launching costs more than the slots that they do not need
 
 
@@ -100,10 +101,11 @@ def second_look(
                 HAS_PADDING=spans is not None,
                 HAS_STRIDE=stride > 1,
                 PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-                num_warps=max(1, slots // SLOTS_PER_WARP),
+                num_warps=min(MAX_WARPS, max(1, slots // SLOTS_PER_WARP)),
                 num_stages=2,
-                # 12 warps instead of 8 on an H100's multiprocessor, worth the few registers that half precision spills
-                maxnreg=168 if query.itemsize == 2 else None,
+                # 12 warps instead of 8 on an H100's multiprocessor, worth the few registers that half precision spills;
+                # programs of more warps than that must use fewer
+                maxnreg=168 if query.itemsize == 2 and slots <= 8 * SLOTS_PER_WARP else None,
             )
     return starts
 
