@@ -146,7 +146,7 @@ def _row_bits(BITS, offsets, take, NUM_BINS: tl.constexpr, WORDS_PADDED: tl.cons
 
 
 @triton.jit
-def _join_rows(left, right):
+def join_rows(left, right):
     """Segmented OR: entries of the same run join their row bits."""
     return tl.where((left >> 16) == (right >> 16), left | right, right)
 
@@ -193,7 +193,7 @@ def _list_bins_kernel(
         keep = start < longest
         if UNIT_LEVEL > 0:  # bins smaller than a unit: the first of a unit stands for all of them
             packed = ((start >> unit).to(tl.int64) << 16) | bits
-            bits = (tl.associative_scan(packed, 0, _join_rows, reverse=True) & 0xFFFF).to(tl.int32)
+            bits = (tl.associative_scan(packed, 0, join_rows, reverse=True) & 0xFFFF).to(tl.int32)
             keep = keep & ((start & ((1 << unit) - 1)) == 0)
             bits = tl.where(current < unit, bits, (packed & 0xFFFF).to(tl.int32))
         keep = keep & (bits != 0)
@@ -293,8 +293,8 @@ def _list_runs_kernel(
     run = tl.sort(tl.reshape(run, (ROWS * SLOTS_PADDED,)))
     own_bit = (1 << (run % ROWS)).to(tl.int64)
     packed = ((run // ROWS).to(tl.int64) << 16) | own_bit
-    before = tl.associative_scan(packed, 0, _join_rows)
-    whole = tl.associative_scan(packed, 0, _join_rows, reverse=True)
+    before = tl.associative_scan(packed, 0, join_rows)
+    whole = tl.associative_scan(packed, 0, join_rows, reverse=True)
     leads = ((before & 0xFFFF) == own_bit) & (run != LAST)
     place = tl.cumsum(leads.to(tl.int32), 0) - 1
     entry = ((whole >> 16) * WIDTH << 16) | (whole & 0xFFFF)

@@ -1,8 +1,9 @@
 """Triton form of the far field (forward).
 
 Pooled keys and values of all aligned bins and of the second look's runs are computed once per query head. A row's
-running softmax begins with the bins of its width that are not split (``triton_bins.py``). From there a block of 16 rows
-walks the entries that its rows keep (see ``triton_entries.py``) and the runs inside their coarse bins that they do not.
+running softmax begins with the bins of its width that are not split (``triton_bins.py``). After one look, the keys of
+the bins that it keeps follow (``triton_wide_rows.py``). After two, a block of 16 rows walks the entries that its rows
+keep (see ``triton_entries.py``) and the runs inside their coarse bins that they do not.
 """
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ..masks import BinMask, RunMask
 from ..triton_common import aligned_level, item_span, on_device, row_span, with_dense_rows
+from ..triton_wide_rows import attend_in_bins
 from .triton_bins import attend_to_bins
 from .triton_walk import Walk, accumulate, inside_runs, near_keys, sorted_entries, unsplit_bins, window_begin
 
@@ -41,6 +43,10 @@ def far_field_attention(
     with on_device(query):
         pools = walk.pools()
         attend_to_bins(walk, pools[0], output, log_sums)
+        if not walk.looks_twice:
+            place = {"causal": causal, "scaling": scaling, "spans": walk.spans, "continues": True}
+            attend_in_bins(query, key, value, kept, output, log_sums, **place)
+            return output, log_sums
         for near, inside in walk.launches():
             _far_field_kernel[(near.meta.shape[1], walk.batch * walk.heads)](
                 query,
@@ -151,47 +157,46 @@ def _far_field_kernel(
     # The runs in their coarse bins that rows do not keep.
     begin = window_begin(position, length, stride, WIDTH, HAS_WINDOW)
     count = sorted_entries(count, begin, length, WIDTH, HAS_WINDOW)
-    if LOOKS_TWICE:
-        RUN_K += item_head * num_runs * HEAD_DIM
-        RUN_V += item_head * num_runs * VALUE_DIM
-        RUN_OFFSET += item_head * num_runs
-        INSIDE += place * INSIDE_CAPACITY
-        m_split = (level > WIDTH_LEVEL) & (length > 0)
-        end = tl.where(m_split, tl.minimum(length, begin), 0)
-        inside = tl.where(tl.max(end) > 0, tl.load(INSIDE_META + place * 2), 0)
-        unit = tl.maximum(tl.load(INSIDE_META + place * 2 + 1) - WIDTH_LEVEL, 0)  # log2 of an entry's runs
-        for step in range(0, ((inside << unit) + TILE - 1) // TILE):
-            run, far = inside_runs(INSIDE, inside, unit, ENTRIES, count, step, end, WIDTH, SEARCH_STEPS, ROWS, TILE)
-            m_run = run < num_runs
-            p_k = RUN_K + run.to(tl.int64)[None, :] * HEAD_DIM + o_dim[:, None]
-            b_k = tl.load(p_k, mask=m_run[None, :] & m_dim, other=0.0)
-            p_v = RUN_V + run.to(tl.int64)[:, None] * VALUE_DIM + o_value[None, :]
-            b_v = tl.load(p_v, mask=m_run[:, None] & m_value, other=0.0)
-            offset = tl.load(RUN_OFFSET + run, mask=m_run, other=0.0) * LOG2E
+    RUN_K += item_head * num_runs * HEAD_DIM
+    RUN_V += item_head * num_runs * VALUE_DIM
+    RUN_OFFSET += item_head * num_runs
+    INSIDE += place * INSIDE_CAPACITY
+    m_split = (level > WIDTH_LEVEL) & (length > 0)
+    end = tl.where(m_split, tl.minimum(length, begin), 0)
+    inside = tl.where(tl.max(end) > 0, tl.load(INSIDE_META + place * 2), 0)
+    unit = tl.maximum(tl.load(INSIDE_META + place * 2 + 1) - WIDTH_LEVEL, 0)  # log2 of an entry's runs
+    for step in range(0, ((inside << unit) + TILE - 1) // TILE):
+        run, far = inside_runs(INSIDE, inside, unit, ENTRIES, count, step, end, WIDTH, SEARCH_STEPS, ROWS, TILE)
+        m_run = run < num_runs
+        p_k = RUN_K + run.to(tl.int64)[None, :] * HEAD_DIM + o_dim[:, None]
+        b_k = tl.load(p_k, mask=m_run[None, :] & m_dim, other=0.0)
+        p_v = RUN_V + run.to(tl.int64)[:, None] * VALUE_DIM + o_value[None, :]
+        b_v = tl.load(p_v, mask=m_run[:, None] & m_value, other=0.0)
+        offset = tl.load(RUN_OFFSET + run, mask=m_run, other=0.0) * LOG2E
+        scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale + offset[None, :]
+        highest, total, acc = accumulate(scores, far, b_v, highest, total, acc, PRECISION)
+
+    # Bins within runs: the list says which of them a row keeps.
+    low = tl.min(tl.where(length > 0, level, 31))
+    longest = tl.max(length)
+    BIN_K += item_head * num_levels * (NUM_BINS * HEAD_DIM)
+    BIN_V += item_head * num_levels * (NUM_BINS * VALUE_DIM)
+    BIN_OFFSET += item_head * num_levels * NUM_BINS
+    p_word = BITS + (item_head * num_queries + rows) * (NUM_BINS // 32)
+    for current in range(low, tl.minimum(tl.max(level), WIDTH_LEVEL) + 1):
+        m_level = (length > 0) & (level == current)
+        used = tl.minimum((longest + (1 << current) - 1) >> current, NUM_BINS)
+        for word in range(0, (used + 31) // 32):
+            far = unsplit_bins(
+                p_word, ENTRIES, count, word, current, m_level, length, begin,
+                WIDTH, WIDTH_LEVEL, LOOKS_TWICE, SEARCH_STEPS, ROWS, TILE,
+            )  # fmt: skip
+            bin_ = current * NUM_BINS + word * TILE + o_tile
+            b_k = tl.load(BIN_K + bin_[None, :] * HEAD_DIM + o_dim[:, None], mask=m_dim, other=0.0)
+            b_v = tl.load(BIN_V + bin_[:, None] * VALUE_DIM + o_value[None, :], mask=m_value, other=0.0)
+            offset = tl.load(BIN_OFFSET + bin_) * LOG2E
             scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale + offset[None, :]
             highest, total, acc = accumulate(scores, far, b_v, highest, total, acc, PRECISION)
-
-        # Bins within runs: the list says which of them a row keeps.
-        low = tl.min(tl.where(length > 0, level, 31))
-        longest = tl.max(length)
-        BIN_K += item_head * num_levels * (NUM_BINS * HEAD_DIM)
-        BIN_V += item_head * num_levels * (NUM_BINS * VALUE_DIM)
-        BIN_OFFSET += item_head * num_levels * NUM_BINS
-        p_word = BITS + (item_head * num_queries + rows) * (NUM_BINS // 32)
-        for current in range(low, tl.minimum(tl.max(level), WIDTH_LEVEL) + 1):
-            m_level = (length > 0) & (level == current)
-            used = tl.minimum((longest + (1 << current) - 1) >> current, NUM_BINS)
-            for word in range(0, (used + 31) // 32):
-                far = unsplit_bins(
-                    p_word, ENTRIES, count, word, current, m_level, length, begin,
-                    WIDTH, WIDTH_LEVEL, LOOKS_TWICE, SEARCH_STEPS, ROWS, TILE,
-                )  # fmt: skip
-                bin_ = current * NUM_BINS + word * TILE + o_tile
-                b_k = tl.load(BIN_K + bin_[None, :] * HEAD_DIM + o_dim[:, None], mask=m_dim, other=0.0)
-                b_v = tl.load(BIN_V + bin_[:, None] * VALUE_DIM + o_value[None, :], mask=m_value, other=0.0)
-                offset = tl.load(BIN_OFFSET + bin_) * LOG2E
-                scores = tl.dot(b_q, b_k, input_precision=PRECISION) * scale + offset[None, :]
-                highest, total, acc = accumulate(scores, far, b_v, highest, total, acc, PRECISION)
 
     total = tl.where(total == 0.0, 1.0, total)
     tl.store(p_out, (acc / total[:, None]).to(OUT.dtype.element_ty), mask=m_row[:, None] & m_value)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..masks import BinMask, RunMask
 from ..triton_common import item_span, item_spans, next_power_of_2, on_device, row_span, with_dense_rows
 from ..triton_entries import BLOCK_ROWS, RELATIVE_TILE, Entries, EntryLists, relative_start
+from ..triton_wide_rows import attend_in_bins
 
 LOG2E = 1.4426950408889634
 
@@ -40,6 +41,10 @@ def sparse_attention(
     output = query.new_empty(batch, heads, num_queries, value.shape[-1])
     spans = item_spans(attention_mask)
     with on_device(query):
+        if isinstance(mask, BinMask) and mask.layout == "aligned":
+            place = {"causal": causal, "scaling": scaling, "spans": spans, "row_scale": row_scale}
+            attend_in_bins(query, key, value, mask, output, log_sum, **place)
+            return output
         lists = EntryLists(mask, key.shape[2], causal, spans)
         for first_block, num_blocks in lists.chunks():
             entries = lists.build(first_block, num_blocks)
