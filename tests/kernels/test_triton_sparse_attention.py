@@ -59,6 +59,12 @@ def test_causal_bins_match(random_qkv, padding_mask, layout, queries, keys, padd
     assert_same(query, key, value, mask, causal=True, attention_mask=real, row_scale=scale)
 
 
+@pytest.mark.parametrize("keys", [540, 1060, 2090])  # bins of 16 and 32 keys, of 32 and 64, of 64 and 128
+def test_rows_of_two_bin_widths_in_one_block(random_qkv, keys):
+    query, key, value = (x.float() for x in random_qkv(batch=1, heads=2, groups=1, queries=90, keys=keys, width=8))
+    assert_same(query, key, value, random_bins(query.shape[:3], "aligned", share=0.1), causal=True)
+
+
 @pytest.mark.parametrize("layout", ["aligned", "relative"])
 def test_bidirectional_bins_match(random_qkv, padding_mask, layout):
     query, key, value = (x.float() for x in random_qkv(heads=2, queries=70, width=16, value_width=16))
