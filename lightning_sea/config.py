@@ -44,8 +44,8 @@ class SEAConfig:
         feature_ratio: the linear attention has int(D ln(D) / feature_ratio) random features for head width D.
         redraw_interval: training steps between two draws of the random features; 0 never redraws.
         position_period: longest wavelength, in tokens, of the sinusoids that tell a causal estimator where a key is.
-        first_look_ratio: the first look, at bins, keeps this many times k keys, of which a second look, at short runs,
-            leaves k. 1 turns the second look off, as in the paper: then bins grow coarse where inputs are long.
+        first_look_ratio: 1 keeps whole bins, as in the paper. Above 1, a first look keeps bins of this many times k
+            keys, of which a second look, at short runs, leaves k: the most of few keys, at a price in time.
         second_look_width: keys per run of the second look, a power of two.
         window: keys before a row's own run that the second look always keeps; a multiple of second_look_width.
         query_stride: neighbouring rows that share one estimate, a power of two up to 32; 1 is the paper's.
@@ -63,7 +63,7 @@ class SEAConfig:
     """
 
     method: str = "sea"
-    k: int = 64
+    k: int = 512
     predictor_length: int = 256
     bins: str = "aligned"
     grouping: str = "query"
@@ -75,7 +75,7 @@ class SEAConfig:
     feature_ratio: float = 1.0
     redraw_interval: int = 1000
     position_period: float = 65536.0
-    first_look_ratio: int = 8
+    first_look_ratio: int = 1
     second_look_width: int = 2
     window: int = 0
     query_stride: int = 1
