@@ -47,10 +47,10 @@ def language_rows():
         lm_row("dense", 20.0, train_seconds=10.0, peak_mib=1000),
         lm_row("dense", 20.0, train_seconds=10.0, peak_mib=1000),
         lm_row("dense", 16.0, seq_len=512, train_seconds=10.0, peak_mib=1000),
-        lm_row("sea", 33.0, k=64, steps=0),
-        lm_row("sea", 21.0, k=64, keys_per_row=60.0, density=0.25, kept_mass=0.8),
+        lm_row("sea", 33.0, k=512, steps=0),
+        lm_row("sea", 21.0, k=512, keys_per_row=60.0, density=0.25, kept_mass=0.8),
         lm_row("sea", 24.0, k=32, keys_per_row=31.0, density=0.125, kept_mass=0.7),
-        lm_row("sea", 18.0, k=64, seq_len=512, keys_per_row=62.0, pooled_per_row=200.0, density=0.2, kept_mass=0.75),
+        lm_row("sea", 18.0, k=512, seq_len=512, keys_per_row=62.0, pooled_per_row=200.0, density=0.2, kept_mass=0.75),
     ]
 
 
@@ -58,18 +58,25 @@ def test_perplexities_stand_beside_their_ratio_to_the_continued_dense_model(tmp_
     text = page(tmp_path, lm_perplexity=language_rows)
     assert "| dense, the teacher | – | 30.00 (1.500) | – |" in text
     assert text.count("| dense, trained on | – | 20.00 (1.000) | 16.00 (1.000) |") == 1
-    assert "| SEA (k = 64) | 62.0 | 21.00 (1.050) | 18.00 (1.125) |" in text
-    assert "| SEA (k = 64) | – | 33.00 (1.100) | – |" in text, "untrained: against the teacher"
-    assert "At 512 tokens SEA (k = 64) has perplexity 18.00: 1.125 times" in text
+    assert "| SEA (k = 512) | 62.0 | 21.00 (1.050) | 18.00 (1.125) |" in text
+    assert "| SEA (k = 512) | – | 33.00 (1.100) | – |" in text, "untrained: against the teacher"
+    assert "At 512 tokens SEA (k = 512) has perplexity 18.00: 1.125 times" in text
     assert "62.0 keys, 20.0% of those" in text
     assert "`0123456789` with changes by python a_script.py" in text
+
+
+def test_runs_from_several_places_are_told_apart(tmp_path, language_rows):
+    places = {"dense": ("a device", "aaaaaaaaaaaa"), "sea": ("another", "bbbbbbbbbbbb+changes")}
+    rows = [row | dict(zip(("device", "commit"), places[row["run"]], strict=True)) for row in language_rows]
+    text = page(tmp_path, lm_perplexity=rows)
+    assert "Its runs: dense on a device at `aaaaaaaaaa`; sea on another at `bbbbbbbbbb` with changes." in text
 
 
 def test_other_k_and_cost(tmp_path, language_rows):
     text = page(tmp_path, lm_perplexity=language_rows)
     assert "| 32 | 31.0 | 0.700 | – | 24.00 (1.200) | – |" in text
-    assert "| **64** | 60.0 | 0.800 | 33.00 | 21.00 (1.050) | 18.00 (1.125) |" in text
-    assert "| SEA (k = 64) | 5 | 62.0 | 200.0 | 0.2000 | 0.750 | 30 (3.00) | 1500 (1.50) |" in text
+    assert "| **512** | 60.0 | 0.800 | 33.00 | 21.00 (1.050) | 18.00 (1.125) |" in text
+    assert "| SEA (k = 512) | 5 | 62.0 | 200.0 | 0.2000 | 0.750 | 30 (3.00) | 1500 (1.50) |" in text
     assert "up to 3 runs shared the device" in text
 
 
@@ -77,8 +84,11 @@ def test_what_the_files_lack_is_named(tmp_path, language_rows):
     text = page(tmp_path, lm_perplexity=language_rows)
     assert "**Missing**: `benchmarks/results/glue.json`, and with it table 2." in text
     assert "**Missing**: `benchmarks/results/ablations.json`, and with it table 4." in text
-    assert "**Missing** (no row in the file): SEA of the paper (k = 64), window (k = 64), Performer, cosFormer." in text
-    assert "**Missing** (no rows at several k in the file): window." in text
+    others = (
+        "SEA, two looks (k = 64), SEA of the paper (k = 64), window (k = 64), window (k = 512), Performer, cosFormer"
+    )
+    assert f"**Missing** (no row in the file): {others}." in text
+    assert "**Missing** (no rows at several k in the file): SEA, two looks." in text
     assert {path.name for path in (tmp_path / "docs").glob("*.png")} == {"results_length.png", "results_keys.png"}
 
 
@@ -109,15 +119,15 @@ def test_a_task_that_is_not_measured_yet_leaves_the_others_to_compare(tmp_path):
 
 
 def test_ablations_are_compared_with_the_unchanged_run(tmp_path):
-    rows = [lm_row("sea", 20.0, k=64, keys_per_row=60.0), lm_row("one_look", 25.0, k=64, keys_per_row=61.0)]
+    rows = [lm_row("sea", 20.0, k=512, keys_per_row=60.0), lm_row("two_looks", 25.0, k=512, keys_per_row=61.0)]
     text = page(tmp_path, ablations=rows)
     assert "| SEA | 20.00 (1.000) | 60.0 | – | 30 |" in text
-    assert "| one look | 25.00 (1.250) | 61.0 | – | 30 |" in text
+    assert "| 64 keys, found by two looks | 25.00 (1.250) | 61.0 | – | 30 |" in text
     assert "nothing in place of the far field" in text.split("**Missing** (no row in the file):")[1]
 
 
 def test_one_place_with_two_measurements_is_an_error():
-    rows = [lm_row("sea", 20.0, k=64, seed=1), lm_row("sea", 21.0, k=64, seed=2)]
+    rows = [lm_row("sea", 20.0, k=512, seed=1), lm_row("sea", 21.0, k=512, seed=2)]
     with pytest.raises(ValueError, match="2 rows have"):
         report_rows.pick(rows, "value", run="sea", seq_len=256)
 

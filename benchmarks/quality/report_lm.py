@@ -151,8 +151,8 @@ def cost_section(results: Results, runs: Runs) -> list[str]:
         "## 5. What it costs",
         "Keys per row, pooled runs that the far field reads beside them, density (kept keys over visible keys) and "
         f"kept mass at {longest} tokens; in parentheses the ratio to the dense model's training. Seconds include the "
-        f"compilation of kernels, with {together}: they compare roughly. Memory is what PyTorch allocated at most in "
-        "training, the teacher included where there is one.",
+        f"compilation of kernels, with {together}, and not always on one device: they compare roughly. Memory is what "
+        "PyTorch allocated at most in training, the teacher included where there is one.",
         results.source_again(1),
         table(header, lines),
     ]

@@ -17,8 +17,10 @@ COLOURS = {
     "teacher": "#999999",
     "dense": "#000000",
     "sea": "#0072B2",
+    "sea_two_looks": "#009E73",
     "sea_paper": "#56B4E9",
     "window": "#E69F00",
+    "window_512": "#F0E442",
     "performer": "#D55E00",
     "cosformer": "#CC79A7",
 }

@@ -20,13 +20,16 @@ MEASURED = {
     "train_loss",
     "peak_mib",
 }
+ORIGIN = ("device", "commit")  # columns
 
 TITLES = {
     "teacher": "dense, the teacher",
     "dense": "dense, trained on",
     "sea": "SEA",
+    "sea_two_looks": "SEA, two looks",
     "sea_paper": "SEA of the paper",
     "window": "window",
+    "window_512": "window",
     "performer": "Performer",
     "cosformer": "cosFormer",
 }
@@ -47,15 +50,25 @@ class Results:
     rows: list[Row]
 
     def source(self) -> list[str]:
-        """Two paragraphs that say where the numbers of a table come from."""
+        """Paragraphs that say where the numbers of a table come from."""
         versions = ", ".join(f"{name} {version}" for name, version in self.head["versions"].items() if name in SHOWN)
-        commit, *changed = self.head["commit"].split("+")
-        commit = f"`{commit[:10]}`" + (" with changes" if changed else "")
         link = f"[`{self.name}`](../benchmarks/results/{self.name})"
         return [
-            f"From {link}, last written on {self.head['device']} ({versions}) at {commit} by",
+            f"From {link}, last written on {self.head['device']} ({versions}) at {shown_commit(self.head)} by",
             f"    {self.head['command']}",
+            *self.origins(),
         ]
+
+    def origins(self) -> list[str]:
+        """A paragraph that says which runs come from which device and commit, if they differ."""
+        runs: dict[str, list[str]] = {}
+        for row in self.rows:
+            if all(name in row for name in ORIGIN):
+                names = runs.setdefault(f"{row['device']} at {shown_commit(row)}", [])
+                names += [row["run"]] if row["run"] not in names else []
+        if len(runs) < 2:
+            return []
+        return ["Its runs: " + "; ".join(f"{', '.join(names)} on {place}" for place, names in runs.items()) + "."]
 
     def source_again(self, section: int) -> str:
         """The same for a further table of the file."""
@@ -77,8 +90,14 @@ def read(path: Path) -> Results | None:
     content = json.loads(path.read_text())
     unique: dict[tuple, Row] = {}
     for row in content.pop("rows"):
-        unique.setdefault(tuple(sorted((name, str(row[name])) for name in row.keys() - MEASURED)), row)
+        unique.setdefault(tuple(sorted((name, str(row[name])) for name in row.keys() - MEASURED - set(ORIGIN))), row)
     return Results(path.name, content, list(unique.values()))
+
+
+def shown_commit(source: dict[str, Any]) -> str:
+    """The commit of a file's head or of a row, short."""
+    commit, *changed = source["commit"].split("+")
+    return f"`{commit[:10]}`" + (" with changes" if changed else "")
 
 
 def select(rows: Iterable[Row], **wanted: Any) -> list[Row]:
