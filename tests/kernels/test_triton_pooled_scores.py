@@ -85,20 +85,103 @@ def test_later_keys_change_nothing(random_qkv, layout):
     assert (before[:, :, 41:] != after[:, :, 41:]).any(-1).all()
 
 
+def gradients(query, key, backend, dtype, *, attention_mask=None, num_bins=K, **options):
+    """Gradients of a function of the scores to query and key, whose leaves have ``dtype``."""
+    leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (query, key)]
+    mask = None if attention_mask is None else attention_mask.to(DEVICE)
+    options = {"layout": "aligned", "causal": True, "scaling": -0.7} | options
+    scores = pooled_scores(*leaves, num_bins=num_bins, attention_mask=mask, backend=backend, **options)
+    size = torch.arange(scores.numel(), device=DEVICE).view(scores.shape)
+    return torch.autograd.grad((scores * (0.1 * size).cos().to(dtype)).sum(), leaves)
+
+
+def assert_gradients_match(query, key, *, dtype=torch.float32, tolerance=1e-6, **options):
+    """Errors of the Triton form's gradients against float64 are within ``tolerance`` of their sizes."""
+    query, key = query.to(dtype), key.to(dtype)
+    results = gradients(query, key, "triton", dtype, **options)
+    exact = gradients(query, key, "reference", torch.float64, **options)
+    for got, expected in zip(results, exact, strict=True):
+        assert got.dtype == dtype
+        assert (got.double() - expected).norm() <= tolerance * expected.norm()
+    return results
+
+
+@pytest.mark.parametrize("statistic", ["mean", "bound"])
 @pytest.mark.parametrize(
-    ("layout", "causal"), [("aligned", True), ("relative", True), ("aligned", False), ("relative", False)]
+    ("queries", "keys", "heads", "groups"),
+    [
+        (20, 20, 1, 1),  # fewer keys than bins
+        (70, 70, 4, 2),  # three widths
+        (9, 111, 3, 1),  # a cache
+        (1, 75, 1, 1),
+    ],
 )
-def test_gradients_match(random_qkv, padding_mask, layout, causal):
+def test_gradients_of_causal_rows(random_qkv, queries, keys, heads, groups, statistic):
+    query, key, _ = random_qkv(batch=1, heads=heads, groups=groups, queries=queries, keys=keys, width=12)
+    assert_gradients_match(query, key, statistic=statistic)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "bound"])
+def test_gradients_through_own_bins_wider_than_a_tile(random_qkv, statistic):
+    query, key, _ = random_qkv(batch=1, heads=1, groups=1, queries=150, keys=2190, width=3)
+    assert_gradients_match(query, key, statistic=statistic)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "bound"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_under_padding_repeat_and_leave_it_alone(random_qkv, padding_mask, causal, statistic):
+    query, key, _ = random_qkv(batch=3, heads=1, groups=1, queries=51 if causal else 63, keys=63)
+    mask = padding_mask(63, [(20, 0), (2, 11), (0, 40)])
+    options = {"causal": causal, "statistic": statistic, "attention_mask": mask}
+    expected = assert_gradients_match(query, key, **options)
+    assert not expected[1].transpose(1, 2)[~mask].any()
+    key.transpose(1, 2)[~mask] = torch.nan
+    query.transpose(1, 2)[~mask[:, -query.shape[2] :]] = torch.nan
+    again = gradients(query, key, "triton", torch.float32, **options)
+    assert all(map(torch.equal, again, expected))
+
+
+@pytest.mark.parametrize("statistic", ["mean", "bound"])
+def test_gradients_of_bidirectional_rows(random_qkv, statistic):
+    query, key, _ = random_qkv(batch=1, heads=2, groups=1, queries=75, width=12)
+    assert_gradients_match(query, key, causal=False, statistic=statistic)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_of_relative_bins(random_qkv, padding_mask, causal):
     query, key, _ = random_qkv(heads=2, groups=1, queries=20)
-    options = {"num_bins": K, "layout": layout, "causal": causal, "scaling": 0.7, "statistic": "bound"}
-    options["attention_mask"] = padding_mask(20, [(5, 0), (0, 0)]).to(DEVICE)
-    results = []
-    for backend, dtype in (("triton", torch.float32), ("reference", torch.float64)):
-        leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (query, key)]
-        scores = pooled_scores(*leaves, backend=backend, **options)
-        results.append(torch.autograd.grad((scores * scores.detach().cos()).sum(), leaves))
-    for got, expected in zip(*results, strict=True):
-        assert (got.double() - expected).norm() <= 1e-5 * expected.norm()
+    mask = padding_mask(20, [(5, 0), (0, 0)])
+    options = {"layout": "relative", "causal": causal, "statistic": "bound", "attention_mask": mask}
+    assert_gradients_match(query, key, tolerance=1e-5, **options)
+
+
+@pytest.mark.parametrize("statistic", ["mean", "bound"])
+def test_gradients_in_half_precision(random_qkv, statistic):
+    query, key, _ = random_qkv(batch=1, heads=2, groups=1, queries=110, width=8)
+    assert_gradients_match(query, key, dtype=torch.float16, statistic=statistic, num_bins=96, tolerance=2e-3)
+
+
+def test_a_walk_over_rows_in_parts_changes_nothing(random_qkv, monkeypatch):
+    from sea_kernels.pooled_scores import triton_backward
+
+    query, key, _ = random_qkv(batch=1, heads=2, groups=1, queries=140)
+    monkeypatch.setattr(triton_backward, "SPLIT_ROWS", 60)
+    assert_gradients_match(query, key, statistic="bound")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_equal_maxima_send_their_gradient_to_the_first_key(random_qkv, causal):
+    query, key, _ = random_qkv(batch=1, heads=1, groups=1, queries=128, width=4)
+    key = key.unflatten(2, (-1, 4))[:, :, :, :1].expand(-1, -1, -1, 4, -1).flatten(2, 3)  # bins of four equal keys
+    options = {"causal": causal, "statistic": "bound"}
+    got, expected = (
+        gradients(query, key, backend, dtype, **options)[1].double().unflatten(2, (-1, 4))
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
+    # The PyTorch form divides what the kernel gives to one: the sums over equal keys agree.
+    torch.testing.assert_close(got.sum(3), expected.sum(3), rtol=1e-4, atol=1e-4)
+    wide = slice(16, None) if causal else slice(None)  # positions whose own bins have four keys
+    assert not got[:, :, wide, 1:].any()
 
 
 def test_float64_has_no_kernel(random_qkv):

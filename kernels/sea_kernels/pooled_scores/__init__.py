@@ -37,8 +37,12 @@ def pooled_scores(
     that holds no key scores as the key nearest to its middle; an aligned bin beyond the row's last one scores as the
     last one. Padding rows give 0. Computed in float32 for half-precision inputs (means from prefix sums in float64),
     also under autocast; float64 stays float64. The Triton form rounds pooled keys to key's dtype where rows share them.
-    Gradients flow to query and key. Time and memory are linear in T, except that ``bound`` keeps log2(S / K) copies of
-    the keys (the Triton form: for causal relative bins only). Beyond the paper.
+    Time and memory are linear in T, except that ``bound`` keeps log2(S / K) copies of the keys (the Triton form: for
+    causal relative bins only). Beyond the paper.
+
+    Gradients flow to query and key. With aligned bins they have Triton kernels and repeat to the bit; with relative
+    bins PyTorch computes them, whose sums on a GPU may differ from run to run. Where several keys have the minimum or
+    maximum of a bin, the kernels pass its gradient to the first of them, the reference divides it among them.
 
     Args:
         query: ``[N, H, T, D]``, the last T of the S positions.

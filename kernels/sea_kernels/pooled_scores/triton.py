@@ -40,17 +40,19 @@ def pooled_scores(
             return _score_own_edges(query, key, num_bins, scaling, statistic, spans, shift)
         if layout == "aligned":
             levels = count_levels(key.shape[2], num_bins)
-            mean, bound = _weights(key, statistic)
-            pooled = pool_bins(key, key.shape[1], num_bins, levels, spans, scaling, mean, bound)
+            pooled = pool_shared_bins(key, num_bins, levels, spans, scaling, statistic)
         else:
             pooled = _pool_relative_bins(key, num_bins, scaling, statistic, spans, shift)
         return _score_shared_bins(query, key, pooled, spans, causal, layout, scaling)
 
 
-def _weights(key: Tensor, statistic: str) -> tuple[Tensor, Tensor | None]:
-    """Weights of mean and bound with which ``pool_bins`` pools a statistic alone."""
+def pool_shared_bins(
+    key: Tensor, num_bins: int, levels: int, spans: Tensor | None, scaling: float, statistic: str
+) -> Tensor:
+    """Vectors of one statistic of the aligned bins as ``pool_bins`` has them: ``[N, G, levels, K, 1 or 2, D]``."""
     ones = torch.ones(key.shape[1], device=key.device)
-    return (ones, None) if statistic == "mean" else (torch.zeros_like(ones), ones)
+    mean, bound = (ones, None) if statistic == "mean" else (torch.zeros_like(ones), ones)
+    return pool_bins(key, key.shape[1], num_bins, levels, spans, scaling, mean, bound)
 
 
 def _score_shared_bins(
@@ -194,7 +196,14 @@ def _shared_kernel(
     if CAUSAL:
         p_k = K + item * k_item + group.to(tl.int64) * k_head + first.to(tl.int64) * k_row + o_dim[None, :]
         own = position >> level
-        own_score = _own_bin_score(b_q, p_k, k_row, m_dim, begin, position, real, level, scaling, PARTS, ROWS)
+        total, highest, lowest, count = pool_own_bin(
+            p_k, k_row, m_dim, begin, position, real, level, PARTS, ROWS, HEAD_PADDED
+        )
+        own_q = b_q.to(tl.float32)
+        if PARTS == 1:
+            own_score = tl.sum(own_q * total, 1) * scaling / count.to(tl.float32)
+        else:
+            own_score = tl.sum(tl.maximum(own_q * scaling * highest, own_q * scaling * lowest), 1)
     else:
         last = (real + (1 << level) - 1) >> level if ALIGNED else NUM_BINS
     POOLED += ((item * (heads // heads_per_group) + group) * num_levels + level) * (NUM_BINS * PARTS * HEAD_DIM)
@@ -214,15 +223,26 @@ def _shared_kernel(
 
 
 @triton.jit
-def _own_bin_score(
-    b_q, p_k, k_row, m_dim, begin, position, real, level, scaling, PARTS: tl.constexpr, ROWS: tl.constexpr
+def pool_own_bin(
+    p_k,
+    k_row,
+    m_dim,
+    begin,
+    position,
+    real,
+    level,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
 ):
-    """Each row's score of its own bin, pooled from the bin's first key to the row's position. p_k: first real key."""
+    """Keys of each row's own bin, from the bin's first key to the row's position. p_k: first real key.
+
+    Returns their sum (1 part) or their maximum and minimum (2 parts), float32 [ROWS, HEAD], and their number [ROWS].
+    """
     o_row = tl.arange(0, ROWS)
-    b_q = b_q.to(tl.float32)
-    total = tl.zeros(b_q.shape, tl.float32)
-    highest = tl.full(b_q.shape, float("-inf"), tl.float32)
-    lowest = tl.full(b_q.shape, float("inf"), tl.float32)
+    total = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    highest = tl.full([ROWS, HEAD_PADDED], float("-inf"), tl.float32)
+    lowest = tl.full([ROWS, HEAD_PADDED], float("inf"), tl.float32)
     # The keys before the block that lie in the bin of all its rows; none where bins are narrower than the block.
     for tile in range((begin >> level) << level, begin, ROWS):
         o_key = tile + o_row
@@ -245,11 +265,7 @@ def _own_bin_score(
         else:
             highest = tl.maximum(highest, tl.where(m_key, keys, float("-inf")))
             lowest = tl.minimum(lowest, tl.where(m_key, keys, float("inf")))
-    if PARTS == 1:
-        score = tl.sum(b_q * total, 1) * scaling / (position - start + 1).to(tl.float32)
-    else:
-        score = tl.sum(tl.maximum(b_q * scaling * highest, b_q * scaling * lowest), 1)
-    return score
+    return total, highest, lowest, position - start + 1
 
 
 @triton.jit(do_not_specialize=["num_keys", "shift", "scaling"])

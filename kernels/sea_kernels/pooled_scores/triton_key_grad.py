@@ -1,0 +1,322 @@
+"""From the gradients of pooled keys to those of the keys, one program per tile of keys: no program adds to another's.
+
+A key takes part in one complete bin of every width, and in the own bins of the later rows in the bin that is its own at
+its position: rows of one bin all have one width.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_common import aligned_level, item_span
+
+TILE = 32  # keys of a program; divides K, so that positions of a tile have one aligned width
+
+
+def key_gradient(
+    query: Tensor,
+    key: Tensor,
+    tail: Tensor,
+    grad_pooled: Tensor,
+    spans: Tensor | None,
+    causal: bool,
+    scaling: float,
+) -> Tensor:
+    """Gradient to key, in its dtype; 0 at padding.
+
+    Args:
+        query: ``[N, H, T, D]``, rows dense.
+        key: ``[N, G, S, D]``, rows dense.
+        tail: float32 ``[N, H, T]``, what flows to the score of each row's own bin.
+        grad_pooled: float32 ``[N, G, levels, K, 1 or 2, D]``, gradient to means, or to maxima and minima.
+        spans: int32 ``[N, 2]`` or None.
+        causal: whether rows pool their own bin for themselves; else ``tail`` is in ``grad_pooled``.
+        scaling: factor of the scores.
+    """
+    batch, groups, num_keys, head_dim = key.shape
+    levels, num_bins, parts = grad_pooled.shape[2:5]
+    padded = triton.next_power_of_2(head_dim)
+    # With means, no program reads it.
+    holders = grad_pooled if parts == 1 else _holders(key, levels, num_bins, spans)
+    new = torch.empty if spans is None else torch.zeros  # no program visits padding
+    grad_key = new(key.shape, dtype=key.dtype, device=key.device)
+    _key_gradient_kernel[(triton.cdiv(num_keys, TILE), groups, batch)](
+        query,
+        key,
+        tail,
+        grad_pooled,
+        holders,
+        grad_key,
+        spans,
+        *query.stride()[:3],
+        *key.stride()[:3],
+        query.shape[2],
+        num_keys,
+        levels,
+        query.shape[1] // groups,
+        scaling,
+        HEAD_DIM=head_dim,
+        HEAD_PADDED=padded,
+        PARTS=parts,
+        NUM_BINS=num_bins,
+        CAUSAL=causal,
+        HAS_PADDING=spans is not None,
+        KEYS=TILE,
+        num_warps=4 if padded <= 64 else 8,
+    )
+    return grad_key
+
+
+def _holders(key: Tensor, levels: int, num_bins: int, spans: Tensor | None) -> Tensor:
+    """Position of the first key that has the bin's maximum and minimum: int32 ``[N, G, levels, K, 2, D]``."""
+    batch, groups, num_keys, head_dim = key.shape
+    holders = torch.empty(batch, groups, levels, num_bins, 2, head_dim, dtype=torch.int32, device=key.device)
+    _holders_kernel[(levels * num_bins, groups, batch)](
+        key,
+        holders,
+        spans,
+        *key.stride()[:3],
+        num_keys,
+        levels,
+        HEAD_DIM=head_dim,
+        HEAD_PADDED=triton.next_power_of_2(head_dim),
+        NUM_BINS=num_bins,
+        HAS_PADDING=spans is not None,
+        num_warps=1,
+    )
+    return holders
+
+
+@triton.jit(do_not_specialize=["num_keys", "levels"])
+def _holders_kernel(
+    K,
+    HOLDERS,
+    SPANS,
+    k_item,
+    k_head,
+    k_row,
+    num_keys,
+    levels,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+):
+    level, index = tl.program_id(0) // NUM_BINS, tl.program_id(0) % NUM_BINS
+    group, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
+    begin = index << level
+    end = tl.minimum(begin + (1 << level), real)
+    o_dim, o_tile = tl.arange(0, HEAD_PADDED), tl.arange(0, 16)
+    m_dim = o_dim < HEAD_DIM
+    K += item * k_item + group * k_head + o_dim[None, :]
+    highest = tl.full([HEAD_PADDED], float("-inf"), tl.float32)
+    lowest = tl.full([HEAD_PADDED], float("inf"), tl.float32)
+    top = tl.full([HEAD_PADDED], -1, tl.int32)
+    bottom = tl.full([HEAD_PADDED], -1, tl.int32)
+    for offset in range(begin, end, 16):
+        o_key = offset + o_tile
+        real_key = (o_key < end)[:, None]
+        keys = tl.load(K + (first + o_key).to(tl.int64)[:, None] * k_row, mask=real_key & m_dim[None, :], other=0.0)
+        keys = keys.to(tl.float32)
+        high, low = tl.where(real_key, keys, float("-inf")), tl.where(real_key, keys, float("inf"))
+        new_highest, new_lowest = tl.max(high, 0), tl.min(low, 0)
+        first_high = tl.min(tl.where(high == new_highest[None, :], o_key[:, None], end), 0)
+        first_low = tl.min(tl.where(low == new_lowest[None, :], o_key[:, None], end), 0)
+        top = tl.where(new_highest > highest, first_high, top)
+        bottom = tl.where(new_lowest < lowest, first_low, bottom)
+        highest, lowest = tl.maximum(highest, new_highest), tl.minimum(lowest, new_lowest)
+    p_out = HOLDERS + (((item * tl.num_programs(1) + group) * levels + level) * NUM_BINS + index) * (2 * HEAD_DIM)
+    tl.store(p_out + o_dim, top, mask=m_dim)
+    tl.store(p_out + HEAD_DIM + o_dim, bottom, mask=m_dim)
+
+
+@triton.jit
+def _load_keys(p_k, position, m_key, k_row, m_dim):
+    """Keys at ``position [KEYS]``, float32 [KEYS, HEAD]; p_k: first real key."""
+    p_key = p_k + position.to(tl.int64)[:, None] * k_row
+    return tl.load(p_key, mask=m_key[:, None] & m_dim[None, :], other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _row_gradients(
+    p_q,
+    p_tail,
+    first_head,
+    position,
+    m_row,
+    offset,
+    num_queries,
+    q_head,
+    q_row,
+    m_dim,
+    level,
+    side,
+    heads_per_group,
+    PARTS: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """What rows send to each key of their own bin, or to the one that has its maximum (``side`` > 0) or minimum.
+
+    Without the factor ``scaling``; the query heads of a key head are added in their order. p_q, p_tail: head 0, row 0.
+    float32 [ROWS, HEAD]
+    """
+    rows = (position - offset).to(tl.int64)
+    m_row = m_row & (rows >= 0) & (rows < num_queries)
+    total = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    for member in range(0, heads_per_group):
+        head = first_head + member
+        p_row = p_q + head * q_head + rows[:, None] * q_row
+        b_q = tl.load(p_row, mask=m_row[:, None] & m_dim[None, :], other=0.0).to(tl.float32)
+        b_tail = tl.load(p_tail + head * num_queries + rows, mask=m_row, other=0.0)
+        if PARTS == 1:
+            b_tail /= (position - ((position >> level) << level) + 1).to(tl.float32)
+        else:
+            b_q = tl.where(b_q * side > 0, b_q, 0.0)
+        total += b_tail[:, None] * b_q
+    return total
+
+
+@triton.jit
+def _own_gradient(
+    p_q,
+    p_k,
+    p_tail,
+    first_head,
+    begin,
+    real,
+    level,
+    offset,
+    num_queries,
+    q_head,
+    q_row,
+    k_row,
+    m_dim,
+    side,
+    scaling,
+    heads_per_group,
+    PARTS: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Gradient to a tile of keys from the own bins of rows at and after them. float32 [KEYS, HEAD]
+
+    ``side`` is 1 for maxima and -1 for minima. Then a row's gradient goes to the first key that has the maximum of the
+    bin so far: it is greater than all before it, and no key after it, up to the row, is greater still.
+    """
+    o_key = begin + tl.arange(0, KEYS)
+    m_key = o_key < real
+    start = (o_key >> level) << level
+    end = tl.minimum(start + (1 << level), real)
+    b_k = _load_keys(p_k, o_key, m_key, k_row, m_dim) * side
+    leads = m_key[:, None] & m_dim[None, :]  # keys that have the maximum of all before them
+    holds = leads  # those that have it still
+    if PARTS == 2:
+        for tile in range((begin >> level) << level, begin, KEYS):
+            earlier = tile + tl.arange(0, KEYS)
+            before = _load_keys(p_k, earlier, earlier < real, k_row, m_dim) * side
+            leads = leads & (b_k > tl.max(before, 0)[None, :])
+    grad = tl.zeros([KEYS, HEAD_PADDED], tl.float32)
+    # Rows and keys of the tile itself, one step further apart at a time.
+    for step in range(0, tl.minimum(1 << level, KEYS)):
+        after = o_key + step
+        m_after = (after < end) & (after < begin + KEYS)
+        if PARTS == 2:
+            earlier = o_key - step
+            m_earlier = m_key & (earlier >= start) & (earlier >= begin) & (step > 0)
+            b_earlier = _load_keys(p_k, earlier, m_earlier, k_row, m_dim) * side
+            leads = leads & ((m_earlier[:, None] & (b_earlier >= b_k)) == 0)
+            b_after = _load_keys(p_k, after, m_after, k_row, m_dim) * side
+            holds = holds & ((m_after[:, None] & (b_after > b_k)) == 0)
+        sent = _row_gradients(
+            p_q, p_tail, first_head, after, m_after, offset, num_queries, q_head, q_row, m_dim, level,
+            side * scaling, heads_per_group, PARTS, HEAD_PADDED, KEYS,
+        )  # fmt: skip
+        grad += tl.where(holds, sent, 0.0)
+    # Rows behind the tile in a bin wider than it: one key at most still has the maximum.
+    holds = holds & leads
+    highest = tl.max(tl.where(holds, b_k, float("-inf")), 0)
+    pending = tl.zeros([HEAD_PADDED], tl.float32)
+    for tile in range(begin + KEYS, tl.minimum(((begin >> level) + 1) << level, real), KEYS):
+        after = tile + tl.arange(0, KEYS)
+        sent = _row_gradients(
+            p_q, p_tail, first_head, after, after < real, offset, num_queries, q_head, q_row, m_dim, level,
+            side * scaling, heads_per_group, PARTS, HEAD_PADDED, KEYS,
+        )  # fmt: skip
+        if PARTS == 2:
+            b_after = _load_keys(p_k, after, after < real, k_row, m_dim) * side
+            greater = ((after < real)[:, None] & (b_after > highest[None, :])).to(tl.int32)
+            sent = tl.where(tl.cumsum(greater, 0) == 0, sent, 0.0)
+            highest = tl.where(tl.max(greater, 0) > 0, float("-inf"), highest)
+        pending += tl.sum(sent, 0)
+    return tl.where(leads, grad, 0.0) + tl.where(holds, pending[None, :], 0.0)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_levels", "heads_per_group", "scaling"])
+def _key_gradient_kernel(
+    Q,
+    K,
+    TAIL,
+    GRAD_POOLED,
+    HOLDERS,
+    GRAD_K,
+    SPANS,
+    q_item,
+    q_head,
+    q_row,
+    k_item,
+    k_head,
+    k_row,
+    num_queries,
+    num_keys,
+    num_levels,
+    heads_per_group,
+    scaling,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    group, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    item_group = item * tl.num_programs(1) + group
+    first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
+    begin = tl.program_id(0) * KEYS
+    o_key, o_dim = begin + tl.arange(0, KEYS), tl.arange(0, HEAD_PADDED)
+    m_key, m_dim = o_key < real, o_dim < HEAD_DIM
+    m_out = m_key[:, None] & m_dim[None, :]
+    grad = tl.zeros([KEYS, HEAD_PADDED], tl.float32)
+    # Widths that rows have and whose K bins reach the tile.
+    widest = aligned_level(real, num_levels, NUM_BINS)
+    narrowest = aligned_level(begin + 1, num_levels, NUM_BINS) if CAUSAL else widest
+    for level in range(narrowest, widest + 1):
+        index = o_key >> level
+        place = ((item_group * num_levels + level) * NUM_BINS + index)[:, None] * (PARTS * HEAD_DIM) + o_dim[None, :]
+        upper = tl.load(GRAD_POOLED + place, mask=m_out, other=0.0)
+        if PARTS == 1:
+            count = tl.minimum(1 << level, real - (index << level))
+            grad += upper / tl.maximum(count, 1).to(tl.float32)[:, None]
+        else:
+            lower = tl.load(GRAD_POOLED + place + HEAD_DIM, mask=m_out, other=0.0)
+            top = tl.load(HOLDERS + place, mask=m_out, other=-1)
+            bottom = tl.load(HOLDERS + place + HEAD_DIM, mask=m_out, other=-1)
+            grad += tl.where(top == o_key[:, None], upper, 0.0) + tl.where(bottom == o_key[:, None], lower, 0.0)
+    offset = num_keys - num_queries - first
+    end = tl.minimum(tl.maximum(((begin >> narrowest) + 1) << narrowest, begin + KEYS), real)
+    if CAUSAL and end > tl.maximum(offset, begin):  # some row lies in the tile's bins
+        p_q = Q + item * q_item + o_dim[None, :]
+        p_k = K + item * k_item + group * k_head + first.to(tl.int64) * k_row + o_dim[None, :]
+        first_head = group * heads_per_group
+        p_tail = TAIL + item * tl.num_programs(1) * heads_per_group * num_queries
+        for part in tl.static_range(PARTS):
+            own = _own_gradient(
+                p_q, p_k, p_tail, first_head, begin, real, narrowest, offset, num_queries, q_head, q_row, k_row, m_dim,
+                1 - 2 * part, scaling, heads_per_group, PARTS, HEAD_PADDED, KEYS,
+            )  # fmt: skip
+            grad += own * scaling
+    p_out = GRAD_K + (item_group * num_keys + first + o_key)[:, None] * HEAD_DIM + o_dim[None, :]
+    tl.store(p_out, grad.to(GRAD_K.dtype.element_ty), mask=m_out)
