@@ -256,6 +256,8 @@ def test_errors_name_the_argument(random_qkv):
     statistics = teacher_statistics(query, key, num_bins=K, scaling=1.0, **place)
     with pytest.raises(ValueError, match="num_bins is 20"):
         teacher_statistics(query, key, num_bins=20, scaling=1.0, **place)
+    with pytest.raises(ValueError, match="log_sum has shape"):
+        teacher_statistics(query, key, num_bins=K, scaling=1.0, log_sum=query[..., 0, 0], **place)
     with pytest.raises(ValueError, match="shift is 3"):
         estimation_loss(scores, statistics, shift=3, **place)
     with pytest.raises(ValueError, match=r"statistics\.mass has shape"):

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sea_kernels import attention_loss, estimation_loss, kept_mass, teacher_statistics
 from sea_kernels.bins import bin_of, bin_start
-from sea_kernels.distillation import TeacherStatistics, reference
+from sea_kernels.distillation import TeacherStatistics, reference, triton_attention, triton_teacher
 from sea_kernels.distillation.triton_teacher import bin_of_keys
 from sea_kernels.masks import BinMask, RunMask, pack_bits
 
@@ -132,6 +132,44 @@ def test_statistics_match(place, layout, shift):
     batch, queries, keys, rest = place
     query, key = random(batch, 2, queries, 16), random(batch, 1, keys, 16, seed=1)
     compare_statistics(query, key, layout=layout, shift=shift, **rest)
+
+
+def attention_log_sum(query, key, causal, scaling):
+    """What flash attention leaves of ``[N, H, T, D]`` and ``[N, G, T, D]`` of the same dtype; strides are its own."""
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    if query.is_cuda:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, key, 0.0, causal, scale=scaling)[1]
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, key, 0.0, causal, scale=scaling)[1]
+
+
+@pytest.fixture
+def counted_log_sums(monkeypatch):
+    """A list that has an entry for every call of the kernel that computes log-sum-exps."""
+    count = []
+    for module in (triton_teacher, triton_attention):
+        compute = module.row_lse
+        monkeypatch.setattr(module, "row_lse", lambda *a, compute=compute, **b: count.append(1) or compute(*a, **b))
+    return count
+
+
+@pytest.mark.parametrize("dtype", HALF if DEVICE == "cuda" else [torch.float32, *HALF])
+@pytest.mark.parametrize("causal", [True, False])
+def test_log_sums_of_flash_attention_save_a_walk(counted_log_sums, causal, dtype):
+    query, key = random(2, 4, 70, 16).to(dtype), random(2, 2, 70, 16, seed=1).to(dtype)
+    log_sum = attention_log_sum(query, key, causal, 0.4)
+    tolerance = 2e-4 if dtype in HALF and DEVICE == "cpu" else 1e-5  # the CPU approximates exp in half precision
+    rest = {"num_bins": 32, "layout": "aligned", "causal": causal, "scaling": 0.4}
+    actual = teacher_statistics(query, key, backend="triton", log_sum=log_sum, **rest)
+    assert not counted_log_sums
+    assert_near(actual, teacher_statistics(exact(query), exact(key), backend="reference", **rest), tolerance)
+    assert_near(actual, map(exact, teacher_statistics(query, key, backend="triton", **rest)), tolerance)
+
+    student, rest = random(2, 4, 70, 16, seed=2).to(dtype), {"causal": causal, "teacher_scaling": 0.4, "scaling": 0.3}
+    counted_log_sums.clear()
+    losses = attention_loss(query, key, student, key, backend="triton", teacher_log_sum=log_sum, **rest)
+    assert len(counted_log_sums) == 1  # the student's
+    expected = attention_loss(*map(exact, (query, key, student, key)), backend="reference", **rest)
+    assert_near(losses, expected, tolerance)
 
 
 @triton.jit

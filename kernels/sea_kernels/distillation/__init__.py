@@ -41,6 +41,7 @@ def teacher_statistics(
     scaling: float,
     attention_mask: Tensor | None = None,
     shift: int = 0,
+    log_sum: Tensor | None = None,
     backend: Backend = "auto",
 ) -> TeacherStatistics:
     """What :func:`estimation_loss` needs of the teacher's attention ``t = softmax(scaling * query . key)``.
@@ -57,6 +58,11 @@ def teacher_statistics(
         scaling: factor of the scores.
         attention_mask: bool or integer ``[N, S]``, nonzero at real keys, one contiguous run per item.
         shift: edge jitter in 1/256 of a key (relative layout only).
+        log_sum: float32 ``[N, H, T]``, log of the sum of ``exp(scaling * query . key)`` over the keys that each row
+            sees, if the teacher's attention left it. The Triton form then takes one product of queries and keys in
+            place of two; the reference has no use for it. Values of padding rows do not matter. The statistics are as
+            exact as it is. A GPU's flash attention computes it in float32, also for half-precision inputs, as is done
+            here.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -68,7 +74,8 @@ def teacher_statistics(
     """
     check_qkv(query, key)
     _check_layout(num_bins, layout, shift)
-    check_same_device(query=query, attention_mask=attention_mask)
+    _check_log_sum("log_sum", log_sum, query)
+    check_same_device(query=query, attention_mask=attention_mask, log_sum=log_sum)
     rows = len(query), query.shape[2], key.shape[2]
     check_rows(*rows, causal=causal, attention_mask=attention_mask)
     bins = {"num_bins": num_bins, "layout": layout, "causal": causal, "scaling": scaling, "shift": shift}
@@ -77,7 +84,8 @@ def teacher_statistics(
     if choose_backend(backend, query, triton_exists=exists, operation="teacher_statistics") == "triton":
         from . import triton_teacher
 
-        return TeacherStatistics(*triton_teacher.teacher_statistics(query, key, attention_mask=attention_mask, **bins))
+        rest = {"attention_mask": attention_mask, "log_sum": log_sum}
+        return TeacherStatistics(*triton_teacher.teacher_statistics(query, key, **rest, **bins))
     from . import reference
 
     spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)
@@ -155,6 +163,7 @@ def attention_loss(
     teacher_scaling: float,
     scaling: float,
     attention_mask: Tensor | None = None,
+    teacher_log_sum: Tensor | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Distance of the student's dense attention a from the teacher's t, row by row: ``KL(t || a)``, ``sum (a - t)^2``.
@@ -171,6 +180,7 @@ def attention_loss(
         teacher_scaling: factor of the teacher's scores.
         scaling: factor of the student's scores.
         attention_mask: bool or integer ``[N, S]``, nonzero at real keys, one contiguous run per item.
+        teacher_log_sum: ``log_sum`` of :func:`teacher_statistics`, which saves the Triton form a product here, too.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -187,7 +197,10 @@ def attention_loss(
     num_keys = key.shape[2]
     check_shape("teacher_query", teacher_query, (batch, heads, num_queries, None), "query's [N, H, T] and any width")
     check_shape("teacher_key", teacher_key, (batch, None, num_keys, None), "key's S positions")
-    check_same_device(query=query, teacher_query=teacher_query, attention_mask=attention_mask)
+    _check_log_sum("teacher_log_sum", teacher_log_sum, query)
+    check_same_device(
+        query=query, teacher_query=teacher_query, attention_mask=attention_mask, teacher_log_sum=teacher_log_sum
+    )
     rows = batch, num_queries, num_keys
     check_rows(*rows, causal=causal, attention_mask=attention_mask)
     tensors = teacher_query.detach(), teacher_key.detach(), query, key
@@ -195,7 +208,7 @@ def attention_loss(
     if choose_backend(backend, query, triton_exists=exists, operation="attention_loss") == "triton":
         from .gradient import TritonAttentionLoss
 
-        return TritonAttentionLoss.apply(*tensors, attention_mask, causal, teacher_scaling, scaling)
+        return TritonAttentionLoss.apply(*tensors, attention_mask, teacher_log_sum, causal, teacher_scaling, scaling)
     from . import reference
 
     spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)
@@ -248,6 +261,11 @@ def kept_mass(
 
     spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)
     return reference.kept_mass(query, key, mask, spans, causal=causal, scaling=scaling)
+
+
+def _check_log_sum(name: str, log_sum: Tensor | None, query: Tensor) -> None:
+    if log_sum is not None:
+        check_shape(name, log_sum, tuple(query.shape[:3]), "[batch, num_heads, num_queries]")
 
 
 def _check_layout(num_bins: int, layout: Layout, shift: int) -> None:

@@ -49,6 +49,7 @@ class TritonAttentionLoss(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         attention_mask: Tensor | None,
+        teacher_log_sum: Tensor | None,
         causal: bool,
         teacher_scaling: float,
         scaling: float,
@@ -56,7 +57,7 @@ class TritonAttentionLoss(torch.autograd.Function):
         tensors = Tensors(*map(with_dense_rows, (teacher_query, teacher_key, query, key)))
         spans = item_spans(attention_mask)
         ctx.rest = {"causal": causal, "teacher_scaling": teacher_scaling, "scaling": scaling}
-        *losses, numbers = triton_attention.attention_loss(tensors, spans, **ctx.rest)
+        *losses, numbers = triton_attention.attention_loss(tensors, spans, teacher_log_sum, **ctx.rest)
         ctx.save_for_backward(*tensors, *numbers, spans)
         return tuple(losses)
 
@@ -75,4 +76,4 @@ class TritonAttentionLoss(torch.autograd.Function):
             want_key=want_key,
             **ctx.rest,
         )
-        return (None, None, *grads, *[None] * 4)
+        return (None, None, *grads, *[None] * 5)

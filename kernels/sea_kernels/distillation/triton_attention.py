@@ -16,7 +16,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import item_span, on_device, row_span
-from .triton_scores import LOG2E, last_block_first, load_rows, padded_width, product_precision, row_lse, tile_config
+from .triton_scores import (
+    LOG2E,
+    last_block_first,
+    load_rows,
+    lse_of,
+    padded_width,
+    product_precision,
+    row_lse,
+    tile_config,
+)
 
 GRADIENT_SIZE = 4096.0  # of the largest gradient that enters a half-precision product
 
@@ -45,11 +54,20 @@ class Tensors(NamedTuple):
 
 
 def attention_loss(
-    tensors: Tensors, spans: Tensor | None, *, causal: bool, teacher_scaling: float, scaling: float
+    tensors: Tensors,
+    spans: Tensor | None,
+    teacher_log_sum: Tensor | None,
+    *,
+    causal: bool,
+    teacher_scaling: float,
+    scaling: float,
 ) -> tuple[Tensor, Tensor, RowNumbers]:
     """Both losses of :func:`sea_kernels.attention_loss`, and what the backward pass needs. No gradients."""
     teacher_query, teacher_key, query, key = tensors
-    teacher_lse = row_lse(teacher_query, teacher_key, spans, causal=causal, scaling=teacher_scaling)
+    if teacher_log_sum is None:
+        teacher_lse = row_lse(teacher_query, teacher_key, spans, causal=causal, scaling=teacher_scaling)
+    else:
+        teacher_lse = lse_of(teacher_log_sum)
     lse = row_lse(query, key, spans, causal=causal, scaling=scaling)
     divergence, square_error, pull = (torch.empty_like(lse) for _ in range(3))
     args, sizes = _arguments(tensors, spans, causal, teacher_scaling, scaling)

@@ -75,6 +75,11 @@ def row_lse(query: Tensor, key: Tensor, spans: Tensor | None, *, causal: bool, s
     return lse
 
 
+def lse_of(log_sum: Tensor) -> Tensor:
+    """What ``row_lse`` returns, from natural logarithms ``[N, H, T]`` of any strides."""
+    return (log_sum.float() * LOG2E).contiguous()
+
+
 @triton.jit
 def last_block_first(num_queries, ROWS: tl.constexpr):
     """Rows of this program: later rows of a causal map see more keys, and the longest work had better start first."""

@@ -1,5 +1,7 @@
 """Triton form of the teacher's statistics: log-sum-exps first, then one walk along the keys that pools their mass.
 
+The first of the two walks is left out where the teacher's own attention has computed the log-sum-exps already.
+
 A tile's mass is summed along its keys; the mass of a bin is a difference of two such sums, plus what earlier tiles held
 of the bin. The row stores it at the bin's last key, so every bin is written once and no program adds to another's.
 """
@@ -11,7 +13,16 @@ from torch import Tensor
 
 from ..bins import Layout
 from ..triton_common import aligned_level, count_levels, item_span, item_spans, on_device, row_span, with_dense_rows
-from .triton_scores import LOG2E, last_block_first, load_rows, padded_width, product_precision, row_lse, tile_config
+from .triton_scores import (
+    LOG2E,
+    last_block_first,
+    load_rows,
+    lse_of,
+    padded_width,
+    product_precision,
+    row_lse,
+    tile_config,
+)
 
 
 @torch.no_grad()
@@ -25,12 +36,13 @@ def teacher_statistics(
     scaling: float,
     attention_mask: Tensor | None,
     shift: int,
+    log_sum: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`sea_kernels.teacher_statistics`."""
     batch, heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
     query, key, spans = with_dense_rows(query), with_dense_rows(key), item_spans(attention_mask)
-    lse = row_lse(query, key, spans, causal=causal, scaling=scaling)
+    lse = row_lse(query, key, spans, causal=causal, scaling=scaling) if log_sum is None else lse_of(log_sum)
     mass = query.new_zeros(batch, heads, num_queries, num_bins, dtype=torch.float32)  # bins without keys stay 0
     entropy, square = torch.empty_like(lse), torch.empty_like(lse)
     config = tile_config(query)
