@@ -120,7 +120,12 @@ def estimation_losses(teacher: LayerRecord, estimate: Estimate) -> dict[str, Ten
     place |= {"layout": estimate.layout, "shift": estimate.shift}
     with torch.no_grad():
         statistics = ops.teacher_statistics(
-            teacher.query, teacher.key, num_bins=estimate.scores.shape[-1], scaling=teacher.scaling, **place
+            teacher.query,
+            teacher.key,
+            num_bins=estimate.scores.shape[-1],
+            scaling=teacher.scaling,
+            log_sum=teacher.log_sum,
+            **place,
         )
     divergence, square_error = ops.estimation_loss(estimate.scores, statistics, num_keys=teacher.key.shape[2], **place)
     return _pair("est", divergence, square_error, teacher)
@@ -141,6 +146,7 @@ def attention_losses(teacher: LayerRecord, student: LayerRecord) -> dict[str, Te
         teacher_scaling=teacher.scaling,
         scaling=student.scaling,
         attention_mask=teacher.attention_mask,
+        teacher_log_sum=teacher.log_sum,
     )
     return _pair("attn", divergence, square_error, teacher)
 
@@ -184,7 +190,7 @@ def only_what_losses_read(teacher: LayerRecord, config: DistillationConfig) -> L
     """The teacher's record without the tensors that ``layer_losses`` does not read; None stands for them."""
     unread = ["value"]
     if not config.compares_maps:
-        unread += ["query", "key"]
+        unread += ["query", "key", "log_sum"]
     if not config.context:
         unread.append("context")
     return dataclasses.replace(teacher, **dict.fromkeys(unread))

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function
 
 from .attention import Estimate
+from .flash import attend_with_log_sum
 
 IMPLEMENTATION = "sea"
 
@@ -29,6 +30,8 @@ class LayerRecord:
         attention_mask: bool ``[N, S]`` or None.
         causal: whether rows see only earlier keys.
         estimate: what SEA estimated; None in layers with plain attention and with the methods that estimate nothing.
+        log_sum: float32 ``[N, H, T]``, log-sum-exps of the scores in layers with plain attention; None unless the
+            recorder asks for them and flash attention computes them: without padding, in half precision on a GPU.
     """
 
     query: Tensor
@@ -39,6 +42,7 @@ class LayerRecord:
     attention_mask: Tensor | None
     causal: bool
     estimate: Estimate | None
+    log_sum: Tensor | None = None
 
 
 @torch.compiler.disable
@@ -75,14 +79,17 @@ def sea_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if query.dtype != value.dtype:  # under autocast, rotary positions leave queries and keys in float32
         query, key = query.to(value.dtype), key.to(value.dtype)
-    recorder, estimate = getattr(module, "attention_recorder", None), None
+    recorder, estimate, log_sum = getattr(module, "attention_recorder", None), None, None
     if hasattr(module, "sea"):
         place = {"scaling": scaling, "attention_mask": attention_mask}
         context, estimate = module.sea(query, key, value, with_scores=recorder is not None, **place)
     else:
-        context = _softmax_attention(module, query, key, value, attention_mask, scaling, dropout)
+        context, log_sum = _softmax_attention(
+            module, query, key, value, attention_mask, scaling, dropout, recorder is not None and recorder.log_sums
+        )
     if recorder is not None:
-        recorder.keep(LayerRecord(query, key, value, context, scaling, attention_mask, module.is_causal, estimate))
+        place = scaling, attention_mask, module.is_causal
+        recorder.keep(LayerRecord(query, key, value, context, *place, estimate, log_sum))
     return context, None
 
 
@@ -131,7 +138,8 @@ def _softmax_attention(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float,
-) -> Tensor:
+    want_log_sum: bool,
+) -> tuple[Tensor, Tensor | None]:
     num_queries, num_keys = query.shape[2], key.shape[2]
     causal = module.is_causal and num_queries > 1
     mask = None
@@ -139,6 +147,10 @@ def _softmax_attention(
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
         mask = mask.tril(num_keys - num_queries) if causal else mask
         mask = mask if attention_mask is None else mask & attention_mask[:, None, None]
+    if want_log_sum and mask is None and not dropout:
+        both = attend_with_log_sum(query, key, value, causal=causal, scaling=scaling)
+        if both is not None:
+            return both[0].transpose(1, 2), both[1]
     context = F.scaled_dot_product_attention(
         query,
         key,
@@ -151,7 +163,7 @@ def _softmax_attention(
     )
     if mask is not None:  # a padding row sees nothing: softmax over no key is not a number
         context = torch.where(mask.any(-1)[..., None], context, 0)
-    return context.transpose(1, 2)
+    return context.transpose(1, 2), None
 
 
 AttentionInterface.register(IMPLEMENTATION, sea_attention)

@@ -19,12 +19,17 @@ class AttentionRecorder:
     Args:
         model: the model to record.
         keep: called with every layer's record, right after its attention, in place of adding it to ``records``.
+        log_sums: whether layers with plain attention record their log-sum-exps where they can. On a GPU their contexts
+            may then differ by half precision's rounding from those without a recorder.
     """
 
-    def __init__(self, model: PreTrainedModel, keep: Callable[[LayerRecord], None] | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, keep: Callable[[LayerRecord], None] | None = None, *, log_sums: bool = False
+    ) -> None:
         self.model = model
         self.records: list[LayerRecord] = []
         self.keep = self.records.append if keep is None else keep
+        self.log_sums = log_sums
 
     def __enter__(self) -> "AttentionRecorder":
         self._modules = [site.module for site in attention_sites(self.model)]

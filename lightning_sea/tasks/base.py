@@ -247,7 +247,7 @@ class DistillationModule(LightningModule):
         scale = torch.ones((), device=self.device)
         scale = scale if scaler is None else scaler.scale(scale)
         layers = LayerwiseLosses(self.student, self.distillation, scale, keep_records=self.keep_records)
-        with torch.no_grad(), AttentionRecorder(self.teacher, keep=layers):
+        with torch.no_grad(), AttentionRecorder(self.teacher, layers, log_sums=True):
             self._forward(self.teacher.base_model, batch)  # no logits needed
         self.layer_records = layers.pairs
         return layers.result()
@@ -261,7 +261,7 @@ class DistillationModule(LightningModule):
         def keep(record: LayerRecord) -> None:
             teacher_layers.append(record if self.keep_records else only_what_losses_read(record, config))
 
-        with torch.no_grad(), self._recording(self.teacher, keep):
+        with torch.no_grad(), self._recording(self.teacher, keep, log_sums=config.compares_maps):
             teacher = self._forward(self.teacher, batch, output_hidden_states=want_hidden)
         with self._recording(self.student, student_layers.append):
             student = self._forward(self.student, batch, output_hidden_states=want_hidden)
@@ -284,10 +284,12 @@ class DistillationModule(LightningModule):
         losses = {name: loss for name, loss in losses.items() if getattr(config, name)}
         return losses, weighted_sum(losses, config)
 
-    def _recording(self, model: PreTrainedModel, keep: Callable[[LayerRecord], None]) -> AbstractContextManager:
+    def _recording(
+        self, model: PreTrainedModel, keep: Callable[[LayerRecord], None], *, log_sums: bool = False
+    ) -> AbstractContextManager:
         """Context in which ``keep`` gets the records of ``model``, if a loss or a callback wants them."""
         wanted = self.keep_records or self.distillation.compares_layers
-        return AttentionRecorder(model, keep) if self.distils and wanted else nullcontext()
+        return AttentionRecorder(model, keep, log_sums=log_sums) if self.distils and wanted else nullcontext()
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         # With gradient checkpointing, layers run again here: they must find what they found in the forward pass.

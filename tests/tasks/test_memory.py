@@ -143,7 +143,7 @@ def test_the_teachers_records_hold_what_losses_read(build, sea, tmp_path, monkey
 
 
 def test_nothing_is_recorded_for_losses_that_have_no_weight(build, sea, tmp_path, monkeypatch):
-    def refuse(*arguments):
+    def refuse(*arguments, **options):
         raise AssertionError("a model is recorded")
 
     monkeypatch.setattr(base, "AttentionRecorder", refuse)
