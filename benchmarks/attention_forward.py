@@ -1,14 +1,15 @@
 """Time and memory of one attention layer, forward: SEA against dense attention and a sliding window. Needs a GPU.
 
-    python benchmarks/attention_forward.py --output benchmarks/results/attention_forward.json
+    python benchmarks/attention_forward.py --model models/SmolLM2-135M --text data/quality/validation.tokens
 
-Everything between the host's projections is timed: q, k, v in, context out, with fresh modules (nothing is trained).
-The inputs are synthetic and smooth (see ``measure.smooth``): how much neighbouring rows agree decides how much work
-they share, so real models differ. Errors are checked first, against float64.
+Everything between the host's projections is timed: q, k, v in, context out. How much neighbouring rows agree decides
+how much work they share. So causal inputs are those of a pretrained language model on text (``recorded.py``), heads
+from all over its layers; without ``--model``, and for bidirectional layers, they are synthetic and smooth (see
+``measure.smooth``), whose rows agree much less. Errors are checked first, against float64.
 
-Methods: "sdpa" (the faster of flash and cuDNN), "sea" (the default form, with either average context), "sea_paper"
-(the published form: linear attention and convolutions), "flex_window" (FlexAttention), "eager". ``ms`` is a call from
-Python; ``graph_ms`` is the same work replayed from a CUDA graph, which is what the device needs by itself.
+Methods: "sdpa" (the faster of flash and cuDNN), "sea" (``FORMS`` of it), "sea_paper" (the published form: linear
+attention and convolutions, whose masks are those of random weights), "flex_window" (FlexAttention), "eager". ``ms`` is
+a call from Python; ``graph_ms`` is the same work replayed from a CUDA graph, which is what the device needs by itself.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 from attention_methods import FUSED, WINDOW, Attention, eager, flex_window, sdpa
 from attention_stages import stages_ms
 from measure import ROOT, report_head, smooth, time_and_memory, write_report
+from recorded import Recorded
 from torch import Tensor
 
 from lightning_sea.attention import SEAAttention
@@ -30,15 +32,21 @@ HEAD_DIM = 64
 SCALING = HEAD_DIM**-0.5
 BIDIRECTIONAL_HEADS, BIDIRECTIONAL_BINS, BIDIRECTIONAL_LONGEST = 12, 128, 32768  # BERT-base
 MAX_ERROR_RATIO = 2.0
+FORMS = {
+    "default": {},
+    "keys_256": {"k": 256},
+    "two_looks": {"k": 64, "first_look_ratio": 8},
+    "mean": {"average_context": "mean"},
+}
 
 
-def sea_forms(causal: bool, contexts: list[str], strides: list[int]) -> Iterator[tuple[str, SEAConfig]]:
+def sea_forms(causal: bool, forms: list[str], strides: list[int]) -> Iterator[tuple[str, SEAConfig]]:
     """Every SEA layer that is measured: the method's name and its configuration."""
     width = {} if causal else {"predictor_length": BIDIRECTIONAL_BINS}
     paper = SEAConfig.paper_opt if causal else SEAConfig.paper_bert
     for stride in strides if causal else [1]:
-        for context in contexts:
-            yield "sea", SEAConfig(query_stride=stride, average_context=context, **width)
+        for form in forms:
+            yield "sea", SEAConfig(query_stride=stride, **FORMS[form], **width)
         yield "sea_paper", paper(query_stride=stride)
 
 
@@ -77,20 +85,36 @@ class Comparison:
         heads: query heads, and key heads.
         forms: the SEA layers' names and configurations, with what is known of their errors.
         others: further methods, of "eager" and "flex_window".
+        recorded: whose inputs are taken; None takes synthetic ones.
     """
 
-    def __init__(self, causal: bool, heads: int, forms: list[tuple[str, SEAConfig, float]], others: list[str]) -> None:
+    def __init__(
+        self,
+        causal: bool,
+        heads: int,
+        forms: list[tuple[str, SEAConfig, float]],
+        others: list[str],
+        recorded: Recorded | None,
+    ) -> None:
         self.causal, self.heads, self.forms, self.others = causal, heads, forms, list(others)
+        self.recorded = recorded
+
+    def inputs(self, seq_len: int) -> list[Tensor]:
+        """Query, key and value."""
+        if self.recorded:
+            return self.recorded.inputs(seq_len)
+        return [smooth(self.heads, seq_len, HEAD_DIM) for _ in range(3)]
 
     def rows(self, seq_len: int) -> list[dict]:
         """One row per method, printed."""
-        inputs = [smooth(self.heads, seq_len, HEAD_DIM) for _ in range(3)]
+        inputs = self.inputs(seq_len)
         rows = [self._sdpa_row(inputs)]
         rows += [self._sea_row(*form, inputs) for form in self.forms]
         rows += [self._other_row(name, inputs) for name in list(self.others)]
         common = {"causal": self.causal, "heads": self.heads, "head_dim": HEAD_DIM, "seq_len": seq_len}
+        common |= {"dtype": "bfloat16", "inputs": "recorded" if self.recorded else "synthetic"}
         for row in rows:
-            row |= common | {"dtype": "bfloat16"}
+            row |= common
             row["sdpa_ratio"] = None if row["ms"] is None else round(rows[0]["ms"] / row["ms"], 3)
             print(json.dumps(row), flush=True)
         return rows
@@ -109,7 +133,7 @@ class Comparison:
         def forward() -> Tensor:
             return layer(*inputs, scaling=SCALING, with_scores=False)[0]
 
-        knobs = ("k", "predictor_length", "query_stride", "first_look_ratio", "average_context")
+        knobs = "k", "predictor_length", "query_stride", "first_look_ratio", "second_look_width", "average_context"
         row = {"method": method, **{knob: getattr(config, knob) for knob in knobs}, "error_ratio": error}
         row |= time_and_memory(forward, graph=method == "sea")
         return row | {"stages_ms": None if row["ms"] is None else stages_ms(layer, forward)}
@@ -126,13 +150,14 @@ class Comparison:
 def comparisons(args: argparse.Namespace) -> Iterator[tuple[Comparison, list[int]]]:
     """What is compared, and at which lengths. Raises SystemExit if a kernel is not as exact as it must be."""
     for causal, all_heads in ((True, args.heads), (False, [BIDIRECTIONAL_HEADS])):
-        forms = [(*form, error_ratio(form[1], causal)) for form in sea_forms(causal, args.contexts, args.strides)]
+        forms = [(*form, error_ratio(form[1], causal)) for form in sea_forms(causal, args.forms, args.strides)]
         for method, config, error in forms:
             if error > MAX_ERROR_RATIO:
                 raise SystemExit(f"{method} {config}: its error is {error} times that of PyTorch's half precision")
         lengths = [length for length in args.lengths if causal or length <= BIDIRECTIONAL_LONGEST]
         for heads in all_heads:
-            yield Comparison(causal, heads, forms, args.methods), lengths
+            recorded = Recorded(args.model, args.text, heads) if args.model and causal else None
+            yield Comparison(causal, heads, forms, args.methods, recorded), lengths
 
 
 @torch.inference_mode()
@@ -142,9 +167,13 @@ def main() -> None:
     parser.add_argument("--heads", type=int, nargs="+", default=[32, 12], help="of causal layers")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024 * 2**i for i in range(8)])
     parser.add_argument("--methods", nargs="*", default=["eager", "flex_window"], help="besides sea and sdpa")
-    parser.add_argument("--contexts", nargs="+", default=["far", "mean"], help="values of average_context")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of SEA")
+    parser.add_argument("--model", help="transformers directory of a causal language model with heads of 64")
+    parser.add_argument("--text", type=Path, help="text for the model, of as many tokens as the longest input")
     parser.add_argument("--strides", type=int, nargs="+", default=[1, 4], help="values of query_stride")
     args = parser.parse_args()
+    if args.model and not args.text:
+        parser.error("--model needs --text")
     torch.manual_seed(0)
     report = {**report_head(), "rows": []}
     print(report, flush=True)

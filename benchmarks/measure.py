@@ -79,15 +79,15 @@ def time_and_memory(function: Callable[[], Any], *, graph: bool = False) -> dict
         return dict.fromkeys(measures)
 
 
-def smooth(heads: int, seq_len: int, head_dim: int = 64, batch: int = 1) -> Tensor:
+def smooth(heads: int, seq_len: int, head_dim: int = 64, batch: int = 1, device: str = "cuda") -> Tensor:
     """Synthetic queries, keys or values: bf16 ``[N, H, T, D]`` in the memory order [N, T, H, D] of projections.
 
     Half of the variance follows a random walk that takes a step every 32 tokens, so that neighbouring rows agree in
     part, as in a language model.
     """
-    walk = torch.randn(batch * heads, head_dim, seq_len // 32 + 2, device="cuda")
+    walk = torch.randn(batch * heads, head_dim, seq_len // 32 + 2, device=device)
     walk = F.interpolate(walk, size=seq_len, mode="linear").transpose(1, 2) * 1.2  # 1.2: interpolation averages
-    noise = torch.randn(batch * heads, seq_len, head_dim, device="cuda")
+    noise = torch.randn(batch * heads, seq_len, head_dim, device=device)
     rows = (0.5**0.5 * (walk + noise)).bfloat16().unflatten(0, (batch, heads))
     return rows.transpose(1, 2).contiguous().transpose(1, 2)
 

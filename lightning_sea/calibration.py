@@ -45,9 +45,7 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]] | 
         raise ValueError("model has no layer with a far field: convert it with method='sea' and average_context='far'")
     sums = {index: torch.zeros_like(modules[index].sea.centre, dtype=torch.float64) for index in with_centre}
     rows = 0
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    with _dense_attention(modules), AttentionRecorder(model) as recorder:
+    with all_in_eval_mode(model), dense_attention(modules), AttentionRecorder(model) as recorder:
         for batch in _random_tokens(model) if batches is None else batches:
             recorder.clear()
             model.base_model(**batch)  # no logits needed
@@ -57,8 +55,6 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]] | 
                 record = recorder.records[index]
                 query = record.query.double().masked_fill(~typical[:, None, :, None], 0)
                 sums[index] += record.scaling * query.sum((0, 2))
-    for module, mode in training.items():
-        module.training = mode
     if not rows:
         raise ValueError("batches hold no token, expected at least one")
     for index, total in sums.items():
@@ -79,7 +75,19 @@ def _random_tokens(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
 
 @contextmanager
-def _dense_attention(modules: list[nn.Module]) -> Iterator[None]:
+def all_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; then every module has its own mode again."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@contextmanager
+def dense_attention(modules: list[nn.Module]) -> Iterator[None]:
     """Take the SEA layers out of the attention modules for a while."""
     layers = {module: module.sea for module in modules if hasattr(module, "sea")}
     for module in layers:

@@ -34,7 +34,7 @@ def test_every_field_is_documented():
         ({"pooling": "none", "first_look_ratio": 1}, "nothing would score the bins"),
         ({"window": 8, "first_look_ratio": 1}, "window is 8 without a second look"),
         ({"first_look_ratio": 0}, "first_look_ratio is 0, expected at least 1"),
-        ({"second_look_width": 3}, "second_look_width is 3, expected a power of two"),
+        ({"second_look_width": 3, "first_look_ratio": 2}, "second_look_width is 3, expected a power of two"),
         ({"bins": "relative"}, "needs bins='aligned'"),
         ({"average_context": "far", "keep_own": False}, "keep_own=False: the far field needs bins='aligned'"),
         ({"average_context": "far", "bins": "relative"}, "'far' with bins='relative'"),

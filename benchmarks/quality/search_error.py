@@ -26,11 +26,14 @@ RANGES = ((1024, 2048), (2048, 4096), (4096, 8192))  # each of one bin width for
 
 
 def designs() -> dict[str, Design]:
-    """Name to design; ``first > … > last`` are the keys that each look leaves, with the width of its runs."""
+    """Name to design; ``first > … > last`` are the keys that each look leaves, with the width of its runs.
+
+    Scores are half mean, half bound unless a share of the bound is said.
+    """
     far = {"far": "mean", "far_centre": "head"}
     found = {}
 
-    def add(name: str, *looks: tuple[int | None, int], **options) -> None:
+    def add(name: str, *looks: tuple, **options) -> None:
         found[name] = Design(looks=tuple(Look(*look) for look in looks), **{**far, **options})
 
     add("512 > 64 by 4", (None, 512), (4, 64))
@@ -51,6 +54,12 @@ def designs() -> dict[str, Design]:
     add("1024 > 256 by 8 > 64 by 2", (None, 1024), (8, 256), (2, 64))
     add("2048 > 256 by 8 > 64 by 2", (None, 2048), (8, 256), (2, 64))
     add("2048 > 384 by 8 > 64 by 2", (None, 2048), (8, 384), (2, 64))
+    for keep in (256, 512, 1024):
+        add(f"{keep}", (None, keep))
+    for num_bins, keep in ((512, 256), (512, 512), (1024, 128), (1024, 256), (2048, 64), (2048, 128)):
+        add(f"K = {num_bins}, {keep}", (None, keep), num_bins=num_bins)
+    add("512, a bound of 0.7", (None, 512, "mix0.7"))
+    add("512 > 64 by 2, bounds of 0.7", (None, 512, "mix0.7"), (2, 64, "mix0.7"))
     add("512 > 128 by 2", (None, 512), (2, 128))
     add("512 > 32 by 2", (None, 512), (2, 32))
     return found

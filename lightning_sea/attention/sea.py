@@ -14,6 +14,7 @@ from sea_kernels.spans import RowSpans, row_spans
 
 from ..config import SEAConfig
 from .average import estimated_mean
+from .budgets import HeadBudgets
 from .decoder import BidirectionalDecoder, CausalDecoder
 from .encoder import Encoder
 from .estimate import Estimate, log_probabilities
@@ -68,6 +69,8 @@ class SEAAttention(nn.Module):
             self.mean_weight = nn.Parameter(torch.full((num_heads,), share))
         if config.pooling == "mean_bound":
             self.bound_weight = nn.Parameter(torch.full((num_heads,), 0.5))
+        if self.selects_from_keys:
+            self.budgets = HeadBudgets(num_heads)
 
     def _add_decoder(self, config: SEAConfig) -> None:
         pooled = config.pooling != "none"
@@ -147,7 +150,7 @@ class SEAAttention(nn.Module):
         ]
         scores, masks, gates = zip(*estimated, strict=True)
         mask = replace(masks[0], bits=torch.cat([part.bits for part in masks], 2)) if len(chunks) > 1 else masks[0]
-        if self.config.query_stride > 1 and not self._selects_from_keys():
+        if self.config.query_stride > 1 and not self.selects_from_keys:
             mask = share_bins(mask, spans, self.config.query_stride, keep_own=self.config.keep_own)
         coarse = None
         if self.config.first_look_ratio > 1:
@@ -191,12 +194,12 @@ class SEAAttention(nn.Module):
         encoded = scores = gates = None
         if linear_context is not None:
             encoded = self._encode(linear_context[:, :, seen], value)
-        if with_scores or not self._selects_from_keys():
+        if with_scores or not self.selects_from_keys:
             pooled = self._pooled_scores(query, key, shift=shift, **place)
             skips = self.config.query_stride >= 4 and not with_scores and not torch.is_grad_enabled()
             stride = self.config.query_stride if skips else 1  # 2 would save nothing: see the decoder
             scores = self._scores(encoded, pooled, spans_of_rows(spans, seen), lead, stride)
-        if self._selects_from_keys():
+        if self.selects_from_keys:
             mask = self._select_from_keys(query, key, **place)
         else:
             mask = self._select_from_scores(
@@ -306,17 +309,20 @@ class SEAAttention(nn.Module):
             return decoded
         return self.decoder_weight[:, None, None] * decoded.float() + pooled[:, :, lead:]
 
-    def _selects_from_keys(self) -> bool:
+    @property
+    def selects_from_keys(self) -> bool:
         """Whether pooled keys alone decide, every row and head for itself: then no scores need to be stored."""
         config = self.config
         return config.decoder == "none" and config.grouping == "query" and config.bins == "aligned"
 
     def _select_from_keys(self, query: Tensor, key: Tensor, **place) -> BinMask:
         config = self.config
+        k, head_k = self.budgets.keys(config.k * config.first_look_ratio)
         return ops.pooled_selection(
             query,
             key,
-            k=config.k * config.first_look_ratio,
+            k=k,
+            head_k=head_k,
             num_bins=config.predictor_length,
             mean_weight=self.mean_weight,
             bound_weight=self._bound_weight(),

@@ -49,6 +49,23 @@ def test_smallest_and_largest_budget(random_qkv, k):
     assert_same(query, key, k=k)
 
 
+@pytest.mark.parametrize("stride", [1, 4])
+def test_heads_with_budgets_of_their_own(random_qkv, stride):
+    query, key, _ = (x.float() for x in random_qkv(batch=1, queries=150, width=8))
+    head_k = torch.tensor([1, 6, 13, 40], dtype=torch.int32, device=DEVICE)
+    assert_same(query, key, k=40, head_k=head_k, stride=stride)
+
+
+def test_each_head_keeps_what_it_would_keep_with_its_budget_alone(random_qkv):
+    query, key, _ = random_qkv(batch=2, queries=90, width=5)
+    options = {"num_bins": 32, "causal": True, "scaling": 0.3, "mean_weight": torch.ones(4)}
+    mask = pooled_selection(query, key, k=30, head_k=torch.tensor([3, 30, 9, 17], dtype=torch.int32), **options)
+    assert mask.budget.keys == 30
+    for head, k in enumerate((3, 30, 9, 17)):
+        alone = pooled_selection(query, key, k=k, **options).bits
+        assert torch.equal(mask.bits[:, head], alone[:, head])
+
+
 def test_equal_scores_go_to_the_lowest_bins(random_qkv):
     query, key, _ = ((0.5 * x).round().float() for x in random_qkv(batch=1, heads=2, queries=100, width=4))
     assert_same(query, key, bound=False)
@@ -98,6 +115,9 @@ def test_stride_must_divide_the_bins(random_qkv):
     query, key, _ = random_qkv()
     with pytest.raises(ValueError, match="stride is 3, expected a divisor of num_bins 32"):
         pooled_selection(query, key, k=4, num_bins=32, causal=True, scaling=1.0, mean_weight=torch.ones(4), stride=3)
+    options = {"num_bins": 32, "causal": True, "scaling": 1.0, "mean_weight": torch.ones(4)}
+    with pytest.raises(ValueError, match=r"head_k has dtype torch\.int64, expected torch\.int32"):
+        pooled_selection(query, key, k=4, head_k=torch.ones(4, dtype=torch.int64), **options)
 
 
 def test_own_bin_without_keeping_it_has_no_kernel(random_qkv):

@@ -1,5 +1,6 @@
 """Pooled-key scores and the selection of bins in one step, without the scores in memory."""
 
+import torch
 from torch import Tensor
 
 from ..backend import Backend, choose_backend, fits_kernels
@@ -24,6 +25,7 @@ def pooled_selection(
     keep_own: bool = True,
     attention_mask: Tensor | None = None,
     stride: int = 1,
+    head_k: Tensor | None = None,
     backend: Backend = "auto",
 ) -> BinMask:
     """Keep each row's best aligned bins by the scores of its pooled keys, in time and memory linear in T.
@@ -49,6 +51,7 @@ def pooled_selection(
         stride: rows that share one estimate (causal only, a divisor of K): those whose positions have the same
             quotient by it take the bits of the first of them that is in ``query``. With ``keep_own`` each also keeps
             the bins from its group's first position to its own.
+        head_k: int32 ``[H]`` from 1 to ``k``, the keys that rows of each head keep in place of ``k``; None for ``k``.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -62,10 +65,13 @@ def pooled_selection(
     check_qkv(query, key)
     check_bins(num_bins)
     batch, heads, num_queries, _ = query.shape
-    for name, weight in (("mean_weight", mean_weight), ("bound_weight", bound_weight)):
-        if weight is not None:
-            check_shape(name, weight, (heads,), "[num_heads]")
-    check_same_device(query=query, mean_weight=mean_weight, bound_weight=bound_weight, attention_mask=attention_mask)
+    of_heads = {"mean_weight": mean_weight, "bound_weight": bound_weight, "head_k": head_k}
+    for name, values in of_heads.items():
+        if values is not None:
+            check_shape(name, values, (heads,), "[num_heads]")
+    check_same_device(query=query, attention_mask=attention_mask, **of_heads)
+    if head_k is not None and head_k.dtype != torch.int32:
+        raise ValueError(f"head_k has dtype {head_k.dtype}, expected torch.int32")
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1")
     if stride < 1 or num_bins % stride or (stride > 1 and not causal):
@@ -75,6 +81,7 @@ def pooled_selection(
     check_rows(*rows, causal=causal, attention_mask=attention_mask)
     options = {"k": k, "num_bins": num_bins, "causal": causal, "scaling": scaling, "mean_weight": mean_weight}
     options |= {"bound_weight": bound_weight, "keep_first": keep_first, "keep_own": keep_own, "stride": stride}
+    options["head_k"] = head_k
     exists = fits_kernels(query) and (keep_own or not causal)
     if choose_backend(backend, query, triton_exists=exists, operation="pooled_selection") == "triton":
         from . import triton as implementation

@@ -1,5 +1,8 @@
 """PyTorch form of the pooled selection: the scores of all rows, then the selection."""
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from ..chunks import working_dtype
@@ -23,6 +26,7 @@ def pooled_selection(
     keep_own: bool,
     attention_mask: Tensor | None,
     stride: int,
+    head_k: Tensor | None,
     spans: RowSpans,
 ) -> Tensor:
     """See :func:`sea_kernels.pooled_selection`; returns the packed bits."""
@@ -34,16 +38,12 @@ def pooled_selection(
     if bound_weight is not None:
         bound = pooled_scores(query, key, statistic="bound", **rows)
         scores = scores + bound * bound_weight.to(dtype)[:, None, None]
-    mask = select_bins(
-        scores,
-        k=k,
-        causal=causal,
-        layout="aligned",
-        grouping="query",
-        keep_first=keep_first,
-        keep_own=keep_own,
-        num_keys=key.shape[2],
-        attention_mask=attention_mask,
-        backend="reference",
-    )
+    options = {"causal": causal, "layout": "aligned", "grouping": "query", "keep_first": keep_first}
+    options |= {"keep_own": keep_own, "num_keys": key.shape[2], "attention_mask": attention_mask}
+    if head_k is None:
+        mask = select_bins(scores, k=k, backend="reference", **options)
+    else:
+        alone = zip(scores.split(1, 1), head_k.tolist(), strict=True)
+        parts = [select_bins(part, k=own, backend="reference", **options) for part, own in alone]
+        mask = replace(parts[0], bits=torch.cat([part.bits for part in parts], 1))
     return mask.bits if stride == 1 else share_bins(mask, spans, stride, keep_own=keep_own).bits

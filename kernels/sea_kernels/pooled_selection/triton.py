@@ -41,6 +41,7 @@ def pooled_selection(
     keep_own: bool,
     attention_mask: Tensor | None,
     stride: int,
+    head_k: Tensor | None,
 ) -> Tensor:
     """See :func:`sea_kernels.pooled_selection`; returns the packed bits."""
     batch, heads, num_queries, head_dim = query.shape
@@ -60,6 +61,7 @@ def pooled_selection(
             pooled,
             bits.view(torch.int16),
             spans,
+            None if head_k is None else head_k.contiguous(),
             *query.stride()[:3],
             num_queries,
             num_keys,
@@ -90,6 +92,7 @@ def _select_kernel(
     POOLED,
     BITS,
     SPANS,
+    HEAD_K,
     q_item,
     q_head,
     q_row,
@@ -147,6 +150,8 @@ def _select_kernel(
     first_candidate = tl.where(used > 0, 1, 0) if KEEP_FIRST else used * 0
     forced_own = (used > 0) & (own >= first_candidate) if KEEP_OWN else used < 0
     forced_count = first_candidate + forced_own.to(tl.int32)
+    if HEAD_K is not None:
+        k = tl.load(HEAD_K + head)
     budget = tl.minimum(tl.maximum((2 * k + (1 << level)) >> (level + 1), tl.maximum(forced_count, 1)), used)
     lowest = tl.min(scores, 1)  # also of bins that do not compete: only a lower bound is needed
     last_candidate = used - forced_own.to(tl.int32) if CAUSAL else used  # a causal row's own bin is its last
