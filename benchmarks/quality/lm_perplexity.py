@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from trainers import sparsity, trainer
 
 from lightning_sea.adapt import set_k
-from lightning_sea.callbacks import SparsityMonitor
+from lightning_sea.callbacks import HeadBudgetCalibration, SparsityMonitor
 from lightning_sea.config import SEAConfig
 from lightning_sea.data import TextDataModule
 from lightning_sea.distillation import DistillationConfig
@@ -113,7 +113,8 @@ def train(module: CausalLMModule, settings: dict, options: argparse.Namespace) -
     data.setup("fit")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    fit = trainer([], max_steps=settings["steps"])
+    callbacks = [HeadBudgetCalibration(settings["head_budgets"])] if settings["head_budgets"] else []
+    fit = trainer(callbacks, max_steps=settings["steps"])
     begin = time.perf_counter()
     fit.fit(module, data)
     cost = {"train_seconds": round(time.perf_counter() - begin, 1)}
