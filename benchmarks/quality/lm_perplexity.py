@@ -20,10 +20,11 @@ import torch
 from lightning.pytorch import seed_everything
 from tables import Row, main, parser
 from torch.utils.data import DataLoader
-from trainers import sparsity, trainer
+from trainers import device, sparsity, trainer
 
 from lightning_sea.adapt import set_k
-from lightning_sea.callbacks import HeadBudgetCalibration, SparsityMonitor
+from lightning_sea.budgets import calibrate_budgets
+from lightning_sea.callbacks import SparsityMonitor
 from lightning_sea.config import SEAConfig
 from lightning_sea.data import TextDataModule
 from lightning_sea.distillation import DistillationConfig
@@ -107,14 +108,23 @@ class Tests:
         }
 
 
+def share_keys(module: CausalLMModule, settings: dict, options: argparse.Namespace) -> None:
+    """Give heads budgets of their own, from batches of the training text; what the callback does when a fit starts."""
+    data = text(settings, options, settings["train_len"], settings["batch_size"])
+    data.setup("fit")
+    student = module.student.to(device())
+    batches = itertools.islice(data.train_dataloader(), settings["head_budgets"])
+    with torch.autocast(student.device.type, torch.bfloat16, enabled=torch.cuda.is_available()):
+        calibrate_budgets(student, ({"input_ids": batch["input_ids"].to(student.device)} for batch in batches))
+
+
 def train(module: CausalLMModule, settings: dict, options: argparse.Namespace) -> Row:
     """Train the model; what that cost."""
     data = text(settings, options, settings["train_len"], settings["batch_size"])
     data.setup("fit")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    callbacks = [HeadBudgetCalibration(settings["head_budgets"])] if settings["head_budgets"] else []
-    fit = trainer(callbacks, max_steps=settings["steps"])
+    fit = trainer([], max_steps=settings["steps"])
     begin = time.perf_counter()
     fit.fit(module, data)
     cost = {"train_seconds": round(time.perf_counter() - begin, 1)}
@@ -134,6 +144,8 @@ def run(name: str, settings: dict, options: argparse.Namespace) -> Iterator[Row]
     common = {"task": "lm", "model": "SmolLM2-135M", "method": method, "variant": settings.get("variant", "")}
     common |= {"predictor_length": module.student.sea_conversion.config.predictor_length if sea else None}
     common |= {"seed": settings["seed"], "train_len": settings["train_len"], "split": options.split}
+    if settings["head_budgets"]:
+        share_keys(module, settings, options)
     tests = Tests(module, settings, options)
     untrained = common | {"steps": 0} | ({} if sea else {"method": "teacher"})
     yield from (untrained | row for row in tests.run(settings["untrained_tests"]))
