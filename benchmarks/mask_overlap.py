@@ -8,6 +8,8 @@ rows, on queries and keys of some layers of a language model and on synthetic on
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
 
 import torch
@@ -67,7 +69,7 @@ def main() -> None:
             rows[-1] |= overlap(query, key, scaling, k)
             print(json.dumps(rows[-1]), flush=True)
     head = {"device": device_name(), "versions": versions(), "commit": commit()}
-    head["command"] = f"python benchmarks/mask_overlap.py --k {' '.join(map(str, args.k))}"
+    head["command"] = shlex.join(["python", *sys.argv])
     lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
     args.output.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
 
