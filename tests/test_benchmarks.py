@@ -1,11 +1,11 @@
 """The benchmark of distillation steps without a GPU: its dense losses, its checks, its memory accounting, its rows."""
 
-import importlib
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
+import dense_distillation as dense
+import distillation_checks as checks
+import distillation_step as step
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,9 +14,6 @@ from lightning_sea import distillation
 from lightning_sea.attention import SEAAttention
 from lightning_sea.config import SEAConfig
 from lightning_sea.recorder import LayerRecord
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-checks, dense, step = map(importlib.import_module, ("distillation_checks", "dense_distillation", "distillation_step"))
 
 CONFIG = SEAConfig(k=8, predictor_length=32, first_look_ratio=2)
 
