@@ -12,12 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .masks import BinMask
-from .triton_common import aligned_level, cdiv, count_levels, item_span, next_power_of_2, row_span
-from .triton_entries import LIST_BYTES, join_rows
+from .triton_common import aligned_level, item_span, next_power_of_2, row_span
+from .triton_wide_lists import TILE, WideLists, rows_per_block, visit_tile
 
 LOG2E = 1.4426950408889634
-TILE = 32  # keys at a time: their bins of any width lie in one word of a row's bits
-MAX_ROWS, MAX_BYTES = 64, 8192  # of a block of rows
 
 
 def attend_in_bins(
@@ -49,30 +47,18 @@ def attend_in_bins(
             -1e30 in ``log_sums`` stands for nothing, and is what an empty row leaves; without this flag it leaves 0.
     """
     batch, heads, num_queries, head_dim = query.shape
-    num_keys, value_dim, num_bins = key.shape[2], value.shape[-1], mask.num_bins
-    row_bytes = next_power_of_2(max(head_dim, value_dim)) * query.itemsize
-    rows = max(16, min(MAX_ROWS, MAX_BYTES // row_bytes))
-    levels, capacity = count_levels(num_keys, num_bins), 2 * num_bins + 8
-    bits = mask.bits.contiguous()
-    blocks, flags = cdiv(num_queries, rows), {"NUM_BINS": num_bins, "CAPACITY": capacity, "ROWS": rows}
-    flags |= {"CAUSAL": causal, "HAS_PADDING": spans is not None}
-    per_launch = max(1, LIST_BYTES // (4 * capacity * batch * heads))
-    for first_block in range(0, blocks, per_launch):
-        grid = (min(per_launch, blocks - first_block), batch * heads)
-        entries = bits.new_empty(*grid, capacity)
-        meta = bits.new_empty(*grid, 2)
-        sizes = heads, num_queries, num_keys, first_block, levels
-        _list_kernel[grid](
-            bits, entries, meta, spans, *sizes, WORDS_PADDED=next_power_of_2(num_bins // 32), **flags, num_warps=4
-        )
-        _walk_kernel[grid](
+    value_dim = value.shape[-1]
+    lists = WideLists(mask, key.shape[2], causal, spans, rows_per_block(query, value))
+    for chunk in lists.chunks():
+        entries = lists.build(*chunk)
+        _walk_kernel[(chunk[1], batch * heads)](
             query,
             key,
             value,
             output,
-            bits,
-            entries,
-            meta,
+            lists.bits,
+            entries.packed,
+            entries.meta,
             spans,
             row_scale if row_scale is None else row_scale.contiguous(),
             log_sums,
@@ -80,7 +66,11 @@ def attend_in_bins(
             *key.stride()[:3],
             *value.stride()[:3],
             heads // key.shape[1],
-            *sizes,
+            heads,
+            num_queries,
+            lists.num_keys,
+            entries.first_block,
+            lists.levels,
             scaling * LOG2E,
             HEAD_DIM=head_dim,
             VALUE_DIM=value_dim,
@@ -89,67 +79,10 @@ def attend_in_bins(
             TILE=TILE,
             CONTINUES=continues,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
-            **flags,
+            **lists.flags(),
             num_warps=4,
             num_stages=3,
         )
-
-
-@triton.jit
-def _either(left, right):
-    return left | right
-
-
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels"])
-def _list_kernel(
-    BITS,
-    ENTRIES,
-    META,
-    SPANS,
-    heads,
-    num_queries,
-    num_keys,
-    first_block,
-    num_levels,
-    NUM_BINS: tl.constexpr,
-    WORDS_PADDED: tl.constexpr,
-    CAPACITY: tl.constexpr,
-    ROWS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    HAS_PADDING: tl.constexpr,
-):
-    """Entries: first key, a multiple of 32, plus log2 of the bin. Meta: how many, and log2 of their keys."""
-    block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first, real = item_span(SPANS, item_head // heads, num_keys, HAS_PADDING)
-    rows = (first_block + block) * ROWS + tl.arange(0, ROWS)
-    _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
-    level = aligned_level(length, num_levels, NUM_BINS)
-    longest = tl.max(length)
-    low = tl.min(tl.where(length > 0, level, 31))
-    unit = tl.maximum(low, 5)  # log2 of an entry's keys: a tile, or a bin if that is wider
-    place = block * tl.num_programs(1) + item_head
-    WORDS: tl.constexpr = NUM_BINS // 32
-    o_word, o_bin = tl.arange(0, WORDS_PADDED), tl.arange(0, WORDS_PADDED * 32)
-    p_words = BITS + (item_head * num_queries + rows)[:, None] * WORDS + o_word[None, :]
-    count = 0
-    for current in range(low, tl.max(level) + 1):
-        take = (length > 0) & (level == current)
-        words = tl.load(p_words, mask=take[:, None] & (o_word < WORDS)[None, :], other=0)
-        either = tl.reduce(words, 0, _either)
-        kept = tl.reshape((either[:, None] >> tl.arange(0, 32)[None, :]) & 1, (WORDS_PADDED * 32,))
-        start = o_bin << current
-        packed = ((start >> unit).to(tl.int64) << 16) | kept
-        joined = tl.associative_scan(packed, 0, join_rows, reverse=True)  # of bins smaller than an entry
-        kept = tl.where(current < unit, (joined & 0xFFFF).to(tl.int32), kept)
-        listed = (kept != 0) & ((start & ((1 << unit) - 1)) == 0) & (start < longest)
-        parts = 1 << tl.maximum(current - unit, 0)
-        size = tl.where(listed, parts, 0)
-        target = count + tl.cumsum(size, 0) - size
-        for part in range(0, parts):
-            tl.store(ENTRIES + place * CAPACITY + target + part, start + (part << unit) + current, mask=listed)
-        count += tl.sum(size, 0)
-    tl.store(META + place * 2, count)
-    tl.store(META + place * 2 + 1, unit)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels", "scale"])
@@ -200,7 +133,7 @@ def _walk_kernel(
     _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
     level = aligned_level(length, num_levels, NUM_BINS)
     m_row = rows < num_queries
-    o_dim, o_value, o_tile = tl.arange(0, HEAD_PADDED), tl.arange(0, VALUE_PADDED), tl.arange(0, TILE)
+    o_dim, o_value = tl.arange(0, HEAD_PADDED), tl.arange(0, VALUE_PADDED)
     m_dim, m_value = (o_dim < HEAD_DIM)[None, :], (o_value < VALUE_DIM)[None, :]
     row = item_head * num_queries + rows
     p_q = Q + item * q_item + head * q_head + rows.to(tl.int64)[:, None] * q_row + o_dim[None, :]
@@ -217,21 +150,15 @@ def _walk_kernel(
 
     K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
     V += item * v_item + (head // heads_per_group) * v_head + first.to(tl.int64) * v_row
-    place = block * tl.num_programs(1) + item_head
+    place = item_head * tl.num_programs(0) + block
     ENTRIES += place * CAPACITY
     tiles = tl.load(META + place * 2 + 1) - 5  # log2 of an entry's tiles
     p_words = BITS + row * (NUM_BINS // 32)
     for step in range(0, tl.load(META + place * 2) << tiles):
-        # As a vector, since Triton prefetches no tiles whose address depends on the load of a single number.
-        entry = tl.load(ENTRIES + (step >> tiles) + o_tile * 0)
-        o_key = (entry & -32) + ((step & ((1 << tiles) - 1)) << 5) + o_tile
+        o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
         m_key = (o_key < real)[:, None]
         b_k = tl.load(K + o_key.to(tl.int64)[:, None] * k_row + o_dim[None, :], mask=m_key & m_dim, other=0.0)
         b_v = tl.load(V + o_key.to(tl.int64)[:, None] * v_row + o_value[None, :], mask=m_key & m_value, other=0.0)
-        current = tl.max(entry & 31)
-        word = tl.load(p_words + (tl.min(o_key) >> current >> 5), mask=(length > 0) & (level == current), other=0)
-        keep = ((word[:, None] >> ((o_key >> current) & 31)[None, :]) & 1) != 0
-        keep = keep & (o_key[None, :] < length[:, None])
         scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         scores = tl.where(keep, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))

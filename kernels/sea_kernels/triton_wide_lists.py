@@ -1,0 +1,157 @@
+"""Lists of the aligned bins that many neighbouring rows keep, for the Triton kernels of both directions that walk them.
+
+A block is up to 64 rows of one head. Its list has the bins that any of its rows keeps, as entries of at least a tile of
+keys each. Which of its rows keep an entry is not in the list: their bits say so.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .masks import BinMask
+from .triton_common import aligned_level, cdiv, count_levels, item_span, next_power_of_2, row_span
+from .triton_entries import LIST_BYTES, Entries, join_rows
+
+TILE = 32  # keys at a time: their bins of any width lie in one word of a row's bits
+TILE_LEVEL = 5  # log2 of them
+SPREAD = 8  # entries that a block has beside those of its rows' K bins, of which the widest may be two entries each
+MOST_ROWS, MOST_BYTES = 64, 8192  # of a block of rows
+
+
+def rows_per_block(query: Tensor, value: Tensor) -> int:
+    """Rows of a block, of which those that are wider than 64 numbers of half precision are fewer."""
+    row_bytes = next_power_of_2(max(query.shape[-1], value.shape[-1])) * query.itemsize
+    return max(16, min(MOST_ROWS, MOST_BYTES // row_bytes))
+
+
+class WideLists:
+    """Sizes of the lists of a mask of aligned bins, and the launches that fill them.
+
+    The lists come as :class:`Entries` whose ``packed``, int32, holds an entry's first key, a multiple of 32, plus log2
+    of the keys of the bin.
+
+    Args:
+        mask: aligned bins.
+        num_keys: S.
+        causal: whether a row sees only keys up to its own position.
+        spans: int32 ``[N, 2]`` of ``triton_common.item_spans``, or None.
+        rows: of a block.
+    """
+
+    def __init__(self, mask: BinMask, num_keys: int, causal: bool, spans: Tensor | None, rows: int) -> None:
+        self.bits, self.num_bins, self.num_keys = mask.bits.contiguous(), mask.num_bins, num_keys
+        self.causal, self.spans, self.rows = causal, spans, rows
+        self.batch, self.heads, self.num_queries, _ = mask.bits.shape
+        self.blocks = cdiv(self.num_queries, rows)
+        self.levels = count_levels(num_keys, mask.num_bins)
+        self.capacity = 2 * mask.num_bins + SPREAD
+
+    def chunks(self) -> list[tuple[int, int]]:
+        """(first block, number of blocks) of every launch."""
+        per_launch = max(1, LIST_BYTES // (4 * self.capacity * self.batch * self.heads))
+        return [(first, min(per_launch, self.blocks - first)) for first in range(0, self.blocks, per_launch)]
+
+    def build(self, first_block: int, num_blocks: int) -> Entries:
+        """The lists of some blocks."""
+        grid = (num_blocks, self.batch * self.heads)
+        entries = self.bits.new_empty(grid[1], num_blocks, self.capacity)
+        meta = self.bits.new_empty(grid[1], num_blocks, 2)
+        _list_kernel[grid](
+            self.bits,
+            entries,
+            meta,
+            self.spans,
+            self.heads,
+            self.num_queries,
+            self.num_keys,
+            first_block,
+            self.levels,
+            WORDS_PADDED=next_power_of_2(self.num_bins // 32),
+            **self.flags(),
+            num_warps=4,
+        )
+        return Entries(entries, meta, first_block)
+
+    def flags(self) -> dict:
+        """Constants of every kernel that has to do with the lists."""
+        flags = {"NUM_BINS": self.num_bins, "CAPACITY": self.capacity, "ROWS": self.rows, "CAUSAL": self.causal}
+        return flags | {"HAS_PADDING": self.spans is not None}
+
+
+@triton.jit
+def _either(left, right):
+    return left | right
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels"])
+def _list_kernel(
+    BITS,
+    ENTRIES,
+    META,
+    SPANS,
+    heads,
+    num_queries,
+    num_keys,
+    first_block,
+    num_levels,
+    NUM_BINS: tl.constexpr,
+    WORDS_PADDED: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    ROWS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+):
+    """Entries: first key, a multiple of 32, plus log2 of the bin. Meta: how many, and log2 of their keys."""
+    block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    first, real = item_span(SPANS, item_head // heads, num_keys, HAS_PADDING)
+    rows = (first_block + block) * ROWS + tl.arange(0, ROWS)
+    _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
+    level = aligned_level(length, num_levels, NUM_BINS)
+    longest = tl.max(length)
+    low = tl.min(tl.where(length > 0, level, 31))
+    unit = tl.maximum(low, 5)  # log2 of an entry's keys: a tile, or a bin if that is wider
+    place = item_head * tl.num_programs(0) + block
+    WORDS: tl.constexpr = NUM_BINS // 32
+    o_word, o_bin = tl.arange(0, WORDS_PADDED), tl.arange(0, WORDS_PADDED * 32)
+    p_words = BITS + (item_head * num_queries + rows)[:, None] * WORDS + o_word[None, :]
+    count = 0
+    for current in range(low, tl.max(level) + 1):
+        take = (length > 0) & (level == current)
+        words = tl.load(p_words, mask=take[:, None] & (o_word < WORDS)[None, :], other=0)
+        either = tl.reduce(words, 0, _either)
+        kept = tl.reshape((either[:, None] >> tl.arange(0, 32)[None, :]) & 1, (WORDS_PADDED * 32,))
+        start = o_bin << current
+        packed = ((start >> unit).to(tl.int64) << 16) | kept
+        joined = tl.associative_scan(packed, 0, join_rows, reverse=True)  # of bins smaller than an entry
+        kept = tl.where(current < unit, (joined & 0xFFFF).to(tl.int32), kept)
+        listed = (kept != 0) & ((start & ((1 << unit) - 1)) == 0) & (start < longest)
+        parts = 1 << tl.maximum(current - unit, 0)
+        size = tl.where(listed, parts, 0)
+        target = count + tl.cumsum(size, 0) - size
+        for part in range(0, parts):
+            tl.store(ENTRIES + place * CAPACITY + target + part, start + (part << unit) + current, mask=listed)
+        count += tl.sum(size, 0)
+    tl.store(META + place * 2, count)
+    tl.store(META + place * 2 + 1, unit)
+
+
+@triton.jit
+def visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE: tl.constexpr):
+    """Keys of a tile of a block's list [TILE], and which rows keep them [ROWS, TILE].
+
+    tiles: log2 of an entry's tiles.
+    """
+    o_tile = tl.arange(0, TILE)
+    # As a vector, since Triton prefetches no tiles whose address depends on the load of a single number.
+    entry = tl.load(ENTRIES + (step >> tiles) + o_tile * 0)
+    o_key = (entry & -32) + ((step & ((1 << tiles) - 1)) << 5) + o_tile
+    current = tl.max(entry & 31)
+    return o_key, kept_of_tile(p_words, o_key, current, (length > 0) & (level == current), length)
+
+
+@triton.jit
+def kept_of_tile(p_words, o_key, level, m_row, length):
+    """Which rows keep the keys of a tile, if ``m_row`` are those whose bins have ``2^level`` keys. [ROWS, TILE]"""
+    word = tl.load(p_words + (tl.min(o_key) >> level >> 5), mask=m_row, other=0)
+    keep = ((word[:, None] >> ((o_key >> level) & 31)[None, :]) & 1) != 0
+    return keep & (o_key[None, :] < length[:, None])
