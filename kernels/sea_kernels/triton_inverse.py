@@ -1,9 +1,10 @@
 """Entry lists turned around, for the Triton kernels that sum over the rows that keep a key (gradients of keys, values).
 
 A *unit* is the run of keys of one entry: ``2^level`` keys at a multiple of that. For every unit of every head there is
-the list of the rows that keep it. It is a counting sort without a host synchronisation: blocks of rows are counted in
-chunks, sums over units and chunks give every chunk its place in every list, and one program per chunk then visits the
-chunk's blocks in order. So rows ascend from chunk to chunk and from block to block, and two runs give equal lists.
+the list of the rows that keep it, or, of wide lists, of the blocks of rows. It is a counting sort without a host
+synchronisation: blocks of rows are counted in chunks, sums over units and chunks give every chunk its place in every
+list, and one program per chunk then visits the chunk's blocks in order. So rows ascend from chunk to chunk and from
+block to block, and two runs give equal lists.
 """
 
 from dataclasses import dataclass
@@ -13,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .masks import RunMask
-from .triton_common import count_levels
 from .triton_entries import BLOCK_ROWS, Entries, EntryLists
+from .triton_wide_lists import SPREAD, TILE_LEVEL, WideLists
 
 UNIT_BITS = 5  # of a list's element that tell apart the units of one tile, which therefore has at most 32 keys
 MOST_CHUNKS = 64  # so that the table of counts grows with the keys alone
-CHUNK_BLOCKS = 16  # blocks in a chunk, at least
+CHUNK_ROWS = 256  # rows in a chunk, at least
 ENTRIES_AT_ONCE = 128
 PART_ROWS = 1024  # rows in a part of a tile, at least
 PART_MEANS = 8  # and at least this many times what a tile has on average
@@ -30,59 +30,59 @@ class InverseLists:
 
     Within a head, unit u of level l has place ``(l - first_level) * units + u``; all lists lie one after another in
     the order of head and place, so that the lists of neighbouring units of a level are one range (``tile_range``).
-    Row t of a list built with a stride is group t.
 
     Args:
-        lists: sizes and mask of the entry lists (not of the relative layout, which has no units).
+        lists: sizes and mask of the entry lists: of runs, or wide ones.
         entries: all of its entries, in the order of ``lists.chunks()``.
 
     Attributes:
-        rows: int32 ``[bound]``: row times 2^UNIT_BITS, plus the last bits of the unit. Only the first
-            ``offsets[-1]`` are filled.
+        rows: int32 ``[bound]``: row times 2^UNIT_BITS, plus the last bits of the unit. Of wide lists block times
+            2^UNIT_BITS, plus log2 of the keys of the bin. Only the first ``offsets[-1]`` are filled.
         offsets: int32 (int64 if there are very many) ``[N * H * levels * units + 1]``: where each list begins.
         first_level: log2 of the keys of the smallest unit.
         levels: number of sizes of a unit.
         units: places per level.
+        rows_each: rows of an element of ``rows``.
     """
 
-    def __init__(self, lists: EntryLists, entries: list[Entries]) -> None:
-        mask, num_keys = lists.mask, lists.num_keys
-        if isinstance(mask, RunMask):
+    def __init__(self, lists: EntryLists | WideLists, entries: list[Entries]) -> None:
+        self.wide = isinstance(lists, WideLists)
+        if self.wide:
+            self.first_level, self.levels = TILE_LEVEL, max(1, lists.levels - TILE_LEVEL)
+            self.units, self.rows_each, block_rows = lists.num_bins + SPREAD, lists.rows, lists.rows
+            bound = lists.blocks * lists.capacity
+        else:
+            mask = lists.mask
             self.first_level, self.levels = mask.width.bit_length() - 1, 1
-            self.units = triton.cdiv(num_keys, mask.width)
+            self.units, self.rows_each, block_rows = triton.cdiv(lists.num_keys, mask.width), 1, BLOCK_ROWS
             windowed = mask.window > 0 or mask.stride > 1
             per_row = lists.slots + ((mask.window + mask.stride) // mask.width + 3 if windowed else 0)
-        else:
-            self.first_level = lists.unit.bit_length() - 1
-            self.levels = max(1, count_levels(num_keys, mask.num_bins) - self.first_level)
-            # In a block of rows of several widths, the wider bins are entries of the smallest.
-            self.units = per_row = mask.num_bins + BLOCK_ROWS * lists.stride
-        self.rows, self.offsets = self._sort(lists, entries, lists.num_groups * per_row)
+            bound = lists.num_queries * per_row
+        self.rows, self.offsets = self._sort(lists, entries, block_rows, bound)
 
-    def _sort(self, lists: EntryLists, entries: list[Entries], bound: int) -> tuple[Tensor, Tensor]:
+    def _sort(
+        self, lists: EntryLists | WideLists, entries: list[Entries], block_rows: int, bound: int
+    ) -> tuple[Tensor, Tensor]:
         """The lists and where they begin, if those of a head have at most ``bound`` elements."""
-        heads, device = lists.batch * lists.heads, lists.source.device
-        blocks = triton.cdiv(lists.num_groups, BLOCK_ROWS)
-        chunk_blocks = max(CHUNK_BLOCKS, triton.cdiv(blocks, MOST_CHUNKS))
+        heads, device = lists.batch * lists.heads, entries[0].packed.device
+        blocks = triton.cdiv(lists.num_queries, block_rows)
+        chunk_blocks = max(triton.cdiv(CHUNK_ROWS, block_rows), triton.cdiv(blocks, MOST_CHUNKS))
         chunks = triton.cdiv(blocks, chunk_blocks)
         counts = torch.zeros(heads * self.levels * self.units * chunks, dtype=torch.int32, device=device)
         sizes = self.first_level, self.levels, self.units, chunks, chunk_blocks, lists.capacity
+        flags = {"WIDE": self.wide, "TILE": ENTRIES_AT_ONCE, "num_warps": 4}
         for part in entries:
             place = part.first_block, part.meta.shape[1]
-            _count_kernel[place[1], heads](
-                part.packed, part.meta, counts, *place, *sizes, TILE=ENTRIES_AT_ONCE, num_warps=4
-            )
+            _count_kernel[place[1], heads](part.packed, part.meta, counts, *place, *sizes, **flags)
         dtype = torch.int32 if heads * bound < 2**31 else torch.int64
         starts = torch.empty(len(counts) + 1, dtype=dtype, device=device)
         starts[:1].zero_()
         torch.cumsum(counts, 0, dtype=dtype, out=starts[1:])
         rows = torch.empty(heads * bound, dtype=torch.int32, device=device)
-        flags = {"ROWS": BLOCK_ROWS, "UNIT_BITS": UNIT_BITS, "TILE": ENTRIES_AT_ONCE}
+        flags |= {"ROWS": BLOCK_ROWS, "UNIT_BITS": UNIT_BITS}
         for part in entries:
             place = part.first_block, part.meta.shape[1]
-            _fill_kernel[chunks, heads](
-                part.packed, part.meta, counts, starts, rows, *place, *sizes, **flags, num_warps=4
-            )
+            _fill_kernel[chunks, heads](part.packed, part.meta, counts, starts, rows, *place, *sizes, **flags)
         return rows, starts[::chunks].contiguous()
 
 
@@ -105,6 +105,12 @@ def _count_bits(bits):
     bits = (bits & 0x3333) + ((bits >> 2) & 0x3333)
     bits = (bits & 0x0F0F) + ((bits >> 4) & 0x0F0F)
     return (bits + (bits >> 8)) & 0x1F
+
+
+@triton.jit
+def _unit_of(entry, level, WIDE: tl.constexpr):
+    """Index of an entry's unit among those of its level."""
+    return (entry if WIDE else entry >> 16) >> level
 
 
 @triton.jit(
@@ -131,6 +137,7 @@ def _count_kernel(
     chunks,
     chunk_blocks,
     capacity,
+    WIDE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -142,8 +149,8 @@ def _count_kernel(
         o_entry = offset + tl.arange(0, TILE)
         m_entry = o_entry < count
         entry = tl.load(ENTRIES + list_ * capacity + o_entry, mask=m_entry, other=0)
-        rows = _count_bits((entry & 0xFFFF).to(tl.int32))
-        p_count = COUNTS + (place + (entry >> 16 >> level)) * chunks + chunk
+        rows = m_entry.to(tl.int32) if WIDE else _count_bits((entry & 0xFFFF).to(tl.int32))
+        p_count = COUNTS + (place + _unit_of(entry, level, WIDE)) * chunks + chunk
         tl.atomic_add(p_count, rows, mask=m_entry, sem="relaxed")  # of integers: any order gives the same sum
 
 
@@ -175,6 +182,7 @@ def _fill_kernel(
     capacity,
     ROWS: tl.constexpr,
     UNIT_BITS: tl.constexpr,
+    WIDE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Write a chunk's rows to the lists. COUNTS holds the rows of the chunk that a list still lacks."""
@@ -193,30 +201,35 @@ def _fill_kernel(
             entry = tl.load(p_entry + o_entry, mask=m_entry, other=0)
             before = tl.load(p_entry + o_entry - 1, mask=m_entry & (o_tile > 0), other=-1)
             # A unit can come twice, each time for other rows, but never twice within an ascending part.
-            part = tl.cumsum((m_entry & ((entry >> 16) <= (before >> 16))).to(tl.int32), 0)
-            bits = (entry & 0xFFFF).to(tl.int32)
-            unit = entry >> 16 >> level
+            unit = _unit_of(entry, level, WIDE)
+            part = tl.cumsum((m_entry & (unit <= _unit_of(before, level, WIDE))).to(tl.int32), 0)
             o_count = (place + unit) * chunks + chunk
-            low = (unit & ((1 << UNIT_BITS) - 1)).to(tl.int32)
             for current in range(0, tl.max(part) + 1):
                 m_part = m_entry & (part == current)
                 left = tl.load(COUNTS + o_count, mask=m_part, other=0)
                 target = tl.load(STARTS + o_count + 1, mask=m_part, other=0).to(tl.int64) - left
-                tl.store(COUNTS + o_count, left - _count_bits(bits), mask=m_part)
-                for row in tl.static_range(ROWS):
-                    kept = (bits >> row) & 1
-                    element = (((first_block + block) * ROWS + row) << UNIT_BITS) | low
-                    tl.store(OUT + target, element, mask=m_part & (kept != 0))
-                    target += kept
+                if WIDE:
+                    tl.store(COUNTS + o_count, left - 1, mask=m_part)
+                    element = ((first_block + block) << UNIT_BITS) | (entry & ((1 << UNIT_BITS) - 1))
+                    tl.store(OUT + target, element, mask=m_part)
+                else:
+                    bits = (entry & 0xFFFF).to(tl.int32)
+                    low = (unit & ((1 << UNIT_BITS) - 1)).to(tl.int32)
+                    tl.store(COUNTS + o_count, left - _count_bits(bits), mask=m_part)
+                    for row in tl.static_range(ROWS):
+                        kept = (bits >> row) & 1
+                        element = (((first_block + block) * ROWS + row) << UNIT_BITS) | low
+                        tl.store(OUT + target, element, mask=m_part & (kept != 0))
+                        target += kept
                 tl.debug_barrier()  # the next entries read what other threads wrote
 
 
 @dataclass(frozen=True)
 class TileParts:
-    """How the rows of each tile of keys are cut for several programs: part 0 of every tile, and *extra* parts.
+    """How the lists of each tile of keys are cut for several programs: part 0 of every tile, and *extra* parts.
 
     Attributes:
-        size: int32 ``[1]``, rows of a part.
+        size: int32 ``[1]``, elements of a part.
         ends: int32 ``[tiles + 1]``, number of extra parts of all tiles before each.
         tile: int64 ``[bound]``, tile of each extra part; the number of tiles where there is no such part.
     """
@@ -254,7 +267,7 @@ def cut_tiles(inverse: InverseLists, num_keys: int, tile_keys: int, heads: int, 
         KEYS=tile_keys,
         TILES=64,
     )
-    size = (rows.sum() * PART_MEANS // tiles + 1).clamp_min(PART_ROWS)
+    size = (rows.sum() * PART_MEANS // tiles + 1).clamp_min(max(1, PART_ROWS // inverse.rows_each))
     ends = torch.zeros(tiles + 1, dtype=torch.int32, device=device)
     extra = ((rows + size - 1) // size - 1).clamp_min(0)
     torch.cumsum(extra, 0, dtype=torch.int32, out=ends[1:])

@@ -16,12 +16,18 @@ TILE = 32  # keys at a time: their bins of any width lie in one word of a row's 
 TILE_LEVEL = 5  # log2 of them
 SPREAD = 8  # entries that a block has beside those of its rows' K bins, of which the widest may be two entries each
 MOST_ROWS, MOST_BYTES = 64, 8192  # of a block of rows
+BACKWARD_BYTES = 16384  # of a block in the backward pass, in half precision
 
 
-def rows_per_block(query: Tensor, value: Tensor) -> int:
-    """Rows of a block, of which those that are wider than 64 numbers of half precision are fewer."""
+def rows_per_block(query: Tensor, value: Tensor, most_bytes: int = MOST_BYTES) -> int:
+    """Rows of a block, which are fewer if they are wide."""
     row_bytes = next_power_of_2(max(query.shape[-1], value.shape[-1])) * query.itemsize
-    return max(16, min(MOST_ROWS, MOST_BYTES // row_bytes))
+    return max(16, min(MOST_ROWS, most_bytes // row_bytes))
+
+
+def backward_rows(query: Tensor, value: Tensor) -> int:
+    """Rows of a block in the backward pass: rows of 128 numbers still fit into registers, and fill the matrix units."""
+    return rows_per_block(query, value, BACKWARD_BYTES if query.itemsize == 2 else MOST_BYTES)
 
 
 class WideLists:
@@ -147,6 +153,13 @@ def visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE: tl.constexpr)
     o_key = (entry & -32) + ((step & ((1 << tiles) - 1)) << 5) + o_tile
     current = tl.max(entry & 31)
     return o_key, kept_of_tile(p_words, o_key, current, (length > 0) & (level == current), length)
+
+
+@triton.jit
+def rows_of_level(length, level, NUM_BINS: tl.constexpr):
+    """Which rows have bins of ``2^level`` keys, for one ``level`` and without a loop."""
+    shortest = tl.where(level > 0, NUM_BINS << tl.maximum(level - 1, 0), 0)
+    return (length > shortest) & (length <= (NUM_BINS << level))
 
 
 @triton.jit

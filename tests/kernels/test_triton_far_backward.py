@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from sea_kernels import far_field_attention, pooled_selection, second_look, triton_entries
+from sea_kernels import (
+    far_field_attention,
+    pooled_selection,
+    second_look,
+    triton_entries,
+    triton_wide_lists,
+    triton_wide_rows_keys,
+)
 from sea_kernels.far_field import reference, triton_key_grad, triton_pooled_grad
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -59,11 +66,25 @@ def test_grouped_heads_after_a_second_look(random_qkv):
 
 
 def test_one_look_in_several_launches_and_partial_sums(random_qkv, monkeypatch):
-    monkeypatch.setattr(triton_entries, "LIST_BYTES", 1)
-    monkeypatch.setattr(triton_key_grad, "LIST_BYTES", 1)
+    monkeypatch.setattr(triton_wide_lists, "LIST_BYTES", 1)
+    monkeypatch.setattr(triton_wide_lists, "MOST_ROWS", 16)
+    monkeypatch.setattr(triton_wide_rows_keys, "BUFFER_BYTES", 1)
     monkeypatch.setattr(triton_pooled_grad, "SPLIT_ROWS", 24)
     tensors = [x.float() for x in random_qkv(batch=1, heads=2, groups=2, queries=63, width=4)]
-    assert_same(tensors, looks=1)
+    assert_same(tensors, looks=1, repeat=True)
+
+
+def test_two_looks_in_several_launches(random_qkv, monkeypatch):
+    monkeypatch.setattr(triton_entries, "LIST_BYTES", 1)
+    monkeypatch.setattr(triton_key_grad, "LIST_BYTES", 1)
+    tensors = [x.float() for x in random_qkv(batch=1, heads=2, groups=2, queries=33, width=4)]
+    assert_same(tensors, looks=2)
+
+
+@pytest.mark.parametrize("keys", [540, 1060])  # bins of 16 and 32, 32 and 64 keys
+def test_rows_of_two_bin_widths_in_one_block(random_qkv, keys):
+    tensors = [x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=60, keys=keys, width=8)]
+    assert_same(tensors, looks=1, k=keys // 8)
 
 
 def test_one_row_behind_a_cache_keeps_many_runs(random_qkv):

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from sea_kernels.bins import bin_start
-from sea_kernels.masks import BinMask, RunMask, kept_keys, pack_bits
+from sea_kernels.masks import BinMask, RunMask, kept_keys, pack_bits, unpack_bits
 from sea_kernels.spans import row_spans
 from sea_kernels.triton_common import item_spans
 from sea_kernels.triton_entries import EntryLists
 from sea_kernels.triton_inverse import UNIT_BITS, InverseLists, cut_tiles
+from sea_kernels.triton_wide_lists import SPREAD, WideLists
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -29,8 +29,8 @@ def random_runs(heads, queries, width, window=0, stride=1):
     return RunMask(starts.sort(-1)[0].to(DEVICE), width, window, stride)
 
 
-def invert(mask, num_keys, attention_mask=None, **options):
-    lists = EntryLists(mask, num_keys, True, item_spans(attention_mask), **options)
+def invert(mask, num_keys, attention_mask=None):
+    lists = EntryLists(mask, num_keys, True, item_spans(attention_mask))
     entries = [lists.build(*chunk) for chunk in lists.chunks()]
     return lists, InverseLists(lists, entries)
 
@@ -54,35 +54,75 @@ def listed_keys(inverse, heads, rows, num_keys):
     return listed
 
 
-def assert_inverse(mask, queries, keys, attention_mask=None, **options):
+def assert_inverse(mask, queries, keys, attention_mask=None):
     real = None if attention_mask is None else attention_mask.to(DEVICE)
-    _, inverse = invert(mask, keys, real, **options)
+    _, inverse = invert(mask, keys, real)
     spans = row_spans(1, queries, keys, causal=True, attention_mask=attention_mask)
     first = int(spans.start[0])
-    dense = kept_keys(mask if DEVICE == "cpu" else to_cpu(mask), spans, keys)[0][..., first:]
+    dense = kept_keys(to_cpu(mask), spans, keys)[0][..., first:]
     listed = listed_keys(inverse, dense.shape[0], queries, keys)[..., : keys - first]
     seen = torch.arange(keys - first) < spans.length[0, :, None]  # units reach past a row's own key
     assert torch.equal(listed * seen, dense.long())
 
 
 def to_cpu(mask):
-    if isinstance(mask, BinMask):
-        return BinMask(mask.bits.cpu(), mask.num_bins, mask.layout)
     return RunMask(mask.starts.cpu(), mask.width, mask.window, mask.stride)
 
 
-@pytest.mark.parametrize(("queries", "keys", "sides"), [(63, 63, None), (1, 40, None), (111, 150, [(40, 7)])])
-def test_bins_of_all_widths(padding_mask, queries, keys, sides):
-    assert_inverse(random_bins(2, queries), queries, keys, None if sides is None else padding_mask(keys, sides))
+def wide_lists(mask, keys, rows, attention_mask=None):
+    lists = WideLists(mask, keys, True, item_spans(attention_mask), rows)
+    return lists, InverseLists(lists, [lists.build(*chunk) for chunk in lists.chunks()])
 
 
-def test_bins_narrower_than_a_unit():
-    mask, spans = random_bins(2, 111), row_spans(1, 111, 111, causal=True)
-    seen = bin_start(torch.arange(32), spans.length[0, :, None], 32, "aligned") < spans.length[0, :, None]
-    mask.bits.bitwise_and_(pack_bits(seen).to(DEVICE))
-    _, inverse = invert(mask, 111, unit=4)
-    units = torch.nn.functional.pad(kept_keys(to_cpu(mask), spans, 111)[0], (0, 1)).unflatten(-1, (-1, 4))
-    assert torch.equal(listed_keys(inverse, 2, 111, 112)[..., ::4], units.any(-1).long())
+def listed_tiles(inverse, lists):
+    """How often each (head, block, level, tile of keys) is listed, and whether the blocks of every list ascend."""
+    shape = lists.heads, lists.blocks, lists.levels, inverse.units << inverse.levels
+    listed, place = torch.zeros(shape, dtype=torch.int64), 0
+    offsets, elements = inverse.offsets.tolist(), inverse.rows.tolist()
+    for head in range(lists.heads):
+        for tiles in (1 << level for level in range(inverse.levels)):
+            for unit in range(inverse.units):
+                found = elements[offsets[place] : offsets[place + 1]]
+                assert found == sorted(found)
+                for element in found:
+                    block, level = element >> UNIT_BITS, element % 2**UNIT_BITS
+                    listed[head, block, level, unit * tiles : (unit + 1) * tiles] += 1
+                place += 1
+    assert place + 1 == len(offsets)
+    return listed
+
+
+def assert_wide_inverse(queries, keys, rows, attention_mask=None):
+    """Each block is listed once, with each of its levels, for the tiles of bins that its rows of that level keep."""
+    mask = random_bins(2, queries, share=0.1)
+    length = row_spans(1, queries, keys, causal=True, attention_mask=attention_mask).length[0]
+    level = torch.stack([length > (32 << step) for step in range(12)]).sum(0)
+    index = torch.arange(32)
+    kept = unpack_bits(mask.bits.cpu()[0], 32) & ((index << level[:, None]) < length[:, None])
+    mask.bits.copy_(pack_bits(kept)[None])
+    lists, inverse = wide_lists(mask, keys, rows, None if attention_mask is None else attention_mask.to(DEVICE))
+    listed = listed_tiles(inverse, lists)
+    expected = torch.zeros_like(listed)
+    for head, row, bin_ in kept.nonzero().tolist():
+        width = 1 << int(level[row])
+        expected[head, row // rows, level[row], bin_ * width // 32 : -(-(bin_ + 1) * width // 32)] = 1
+    assert torch.equal(listed, expected)
+    return lists
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "sides"),
+    [(63, 63, None), (1, 40, None), (111, 150, [(40, 7)]), (90, 1060, None), (40, 2070, None)],
+)
+def test_blocks_of_wide_lists(padding_mask, queries, keys, sides):
+    assert_wide_inverse(queries, keys, 32, None if sides is None else padding_mask(keys, sides))
+
+
+def test_many_chunks_and_many_launches_of_wide_lists(monkeypatch):
+    monkeypatch.setattr("sea_kernels.triton_inverse.CHUNK_ROWS", 32)
+    monkeypatch.setattr("sea_kernels.triton_wide_lists.LIST_BYTES", 3 * 4 * 2 * (2 * 32 + SPREAD))
+    lists = assert_wide_inverse(111, 150, 16)
+    assert [first for first, _ in lists.chunks()] == [0, 3, 6]  # launches end within a chunk
 
 
 @pytest.mark.parametrize(
@@ -95,7 +135,7 @@ def test_runs_and_windows(padding_mask, width, window, stride, sides):
 
 
 def test_many_chunks_and_many_launches(monkeypatch):
-    monkeypatch.setattr("sea_kernels.triton_inverse.CHUNK_BLOCKS", 2)
+    monkeypatch.setattr("sea_kernels.triton_inverse.CHUNK_ROWS", 32)
     mask = random_runs(1, 111, 4)
     monkeypatch.setattr("sea_kernels.triton_entries.LIST_BYTES", 3 * 8 * EntryLists(mask, 111, True, None).capacity)
     lists, inverse = invert(mask, 111)

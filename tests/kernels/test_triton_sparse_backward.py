@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sea_kernels import sparse_attention
+from sea_kernels import sparse_attention, triton_entries, triton_wide_lists, triton_wide_rows_keys
 from sea_kernels.masks import BinMask, RunMask, kept_keys, pack_bits, window_start
 from sea_kernels.spans import row_spans
 from sea_kernels.sparse_attention import triton_backward
@@ -86,6 +86,14 @@ def test_causal_bins(random_qkv, padding_mask, layout, queries, keys, padding):
     assert_gradients(query, key, value, mask, causal=True, attention_mask=real, row_scale=random_scale(query))
 
 
+@pytest.mark.parametrize("keys", [540, 1060, 2090])  # bins of 16 and 32, 32 and 64, 64 and 128 keys
+def test_rows_of_two_bin_widths_in_one_block(random_qkv, keys):
+    sizes = {"batch": 1, "heads": 2 if keys < 1000 else 1, "groups": 1, "width": 8}
+    query, key, value = (x.float() for x in random_qkv(queries=75, keys=keys, **sizes))
+    mask = random_bins(query.shape[:3], "aligned", share=0.1)
+    assert_gradients(query, key, value, mask, causal=True, row_scale=random_scale(query))
+
+
 @pytest.mark.parametrize("layout", ["aligned", "relative"])
 def test_bidirectional_bins(random_qkv, padding_mask, layout):
     query, key, value = (x.float() for x in random_qkv(heads=1, groups=1, queries=50, width=16, value_width=16))
@@ -116,6 +124,7 @@ def test_long_lists_are_cut_into_parts(random_qkv, monkeypatch, wide):
     monkeypatch.setattr("sea_kernels.triton_inverse.PART_MEANS", 1)
     query, key, value = (x.float() for x in random_qkv(batch=1, heads=2, groups=1, queries=111, width=16))
     if wide:  # bins of 4 keys in the last rows, and narrower ones in the first
+        monkeypatch.setattr("sea_kernels.triton_wide_lists.MOST_ROWS", 16)
         mask = random_bins(query.shape[:3], "aligned", share=0.05)
         mask.bits.bitwise_or_(1)
     else:
@@ -127,7 +136,7 @@ def test_long_lists_are_cut_into_parts(random_qkv, monkeypatch, wide):
 
 def test_two_runs_give_the_same_bits(random_qkv, monkeypatch):
     length = 2000 if DEVICE == "cuda" else 40  # the interpreter runs one program after another: nothing can race there
-    monkeypatch.setattr("sea_kernels.triton_inverse.PART_ROWS", 32)
+    monkeypatch.setattr("sea_kernels.triton_inverse.PART_ROWS", 64)
     query, key, value = (x.half().to(DEVICE) for x in random_qkv(batch=1, heads=2, groups=1, queries=length, width=16))
     mask = random_bins(query.shape[:3], "aligned")
     mask.bits.bitwise_or_(1)
@@ -136,11 +145,17 @@ def test_two_runs_give_the_same_bits(random_qkv, monkeypatch):
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
-def test_heads_in_several_slices(random_qkv, monkeypatch):
-    monkeypatch.setattr(triton_backward, "BUFFER_BYTES", 1)
-    monkeypatch.setattr("sea_kernels.triton_entries.LIST_BYTES", 1)
+@pytest.mark.parametrize("form", ["bins", "runs"])
+def test_heads_in_several_slices(random_qkv, monkeypatch, form):
+    for module in (triton_backward, triton_wide_rows_keys):
+        monkeypatch.setattr(module, "BUFFER_BYTES", 1)
+    for module in (triton_entries, triton_wide_lists):
+        monkeypatch.setattr(module, "LIST_BYTES", 1)
+    monkeypatch.setattr(triton_wide_lists, "MOST_ROWS", 16)
     query, key, value = (x.float() for x in random_qkv(queries=20, width=16))
     mask = random_bins(query.shape[:3], "aligned")
+    if form == "runs":
+        mask = random_runs(query.shape[:3], row_spans(2, 20, 20, causal=True), 2, 4)
     assert_gradients(query, key, value, mask, causal=True, row_scale=random_scale(query))
 
 

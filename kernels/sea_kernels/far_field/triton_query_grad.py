@@ -1,7 +1,9 @@
 """Gradient of the far field to the query, and what every backward kernel needs of a row: grad_output . output.
 
-A block of 16 rows walks what it walked in the forward pass, once. With the row's log-sum every weight p is known at
-once, and a pooled run is a key like any other: ``dq = scaling * sum p (grad_output . v - delta) k``.
+With the row's log-sum every weight p is known at once, and a pooled run is a key like any other: ``dq = scaling * sum p
+(grad_output . v - delta) k``. The sum begins with the bins of a row's width that are not split
+(``triton_bins_grad.py``) and goes on as in the forward pass: after one look with the keys of the bins that rows keep
+(``triton_wide_rows_backward.py``), after two with a block of 16 rows that walks its lists.
 """
 
 import torch
@@ -10,8 +12,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import aligned_level, item_span, row_span
+from ..triton_wide_rows_backward import differentiate_queries_in_bins
+from .triton_bins_grad import differentiate_at_bins
 from .triton_pool import Pool
-from .triton_walk import Walk, inside_runs, load_columns, near_keys, sorted_entries, unsplit_bins, window_begin
+from .triton_walk import (
+    Walk,
+    add_gradient,
+    inside_runs,
+    load_columns,
+    near_keys,
+    sorted_entries,
+    unsplit_bins,
+    window_begin,
+)
 
 
 def query_gradient(
@@ -20,15 +33,22 @@ def query_gradient(
     """Gradient ``[N, H, T, D]`` in query's dtype, and float32 ``[N, H, T]``: delta, grad_output . output."""
     grad = torch.empty_like(walk.query, memory_format=torch.contiguous_format)
     delta = torch.empty_like(log_sums)
+    so_far = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+    differentiate_at_bins(walk, pools[0], output, log_sums, grad_output, delta, so_far)
+    if not walk.looks_twice:
+        rows, keys = (walk.query, grad_output, log_sums, delta), (walk.key, walk.value, walk.kept)
+        place = {"causal": walk.causal, "scaling": walk.scaling, "spans": walk.spans, "so_far": so_far}
+        differentiate_queries_in_bins(*rows, *keys, grad, **place)
+        return grad, delta
     for near, inside in walk.launches():
         _query_gradient_kernel[(near.meta.shape[1], walk.batch * walk.heads)](
             walk.query,
             walk.key,
             walk.value,
-            output,
             grad_output,
             log_sums,
             delta,
+            so_far,
             grad,
             *grad_output.stride()[:3],
             walk.scaling,
@@ -39,15 +59,6 @@ def query_gradient(
             num_stages=2,
         )
     return grad, delta
-
-
-@triton.jit
-def _add_tile(b_q, b_do, b_k, b_v, offset, keep, log_sum, delta, acc, scale, PRECISION: tl.constexpr):
-    """Add what one tile of keys, or of pooled keys, contributes."""
-    scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale + offset[None, :]  # [ROWS, TILE]
-    weights = tl.exp2(tl.where(keep, scores - log_sum[:, None], float("-inf")))
-    grad = weights * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - delta[:, None])
-    return acc + tl.dot(grad.to(b_k.dtype), b_k, input_precision=PRECISION)
 
 
 @triton.jit(
@@ -66,10 +77,10 @@ def _query_gradient_kernel(
     Q,
     K,
     V,
-    OUT,
     GRAD_OUT,
     LOG_SUM,
     DELTA,
+    SO_FAR,
     GRAD_Q,
     g_item,
     g_head,
@@ -135,11 +146,9 @@ def _query_gradient_kernel(
     b_q = load_columns(Q + item * q_item + head * q_head, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)
     b_do = load_columns(GRAD_OUT + item * g_item + head * g_head, rows, m_row, g_row, VALUE_DIM, VALUE_PADDED)
     row = item_head * num_queries + rows
-    b_out = load_columns(OUT, row, m_row, VALUE_DIM, VALUE_DIM, VALUE_PADDED)
-    delta = tl.sum(b_out.to(tl.float32) * b_do.to(tl.float32), 1)
-    tl.store(DELTA + row, delta, mask=m_row)
+    delta = tl.load(DELTA + row, mask=m_row, other=0.0)
     log_sum = tl.load(LOG_SUM + row, mask=m_row, other=0.0)
-    acc = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    acc = load_columns(SO_FAR, row, m_row, HEAD_DIM, HEAD_DIM, HEAD_PADDED)  # what the rows have of their bins
 
     # The keys that rows keep.
     K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
@@ -153,36 +162,34 @@ def _query_gradient_kernel(
         o_key, keep = near_keys(ENTRIES, count, width, step, length, ROWS, TILE)
         b_k = load_columns(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)
         b_v = load_columns(V, o_key, o_key < real, v_row, VALUE_DIM, VALUE_PADDED)
-        acc = _add_tile(b_q, b_do, b_k, b_v, zeros, keep, log_sum, delta, acc, scale, PRECISION)
+        acc = add_gradient(b_q, b_do, b_k, b_v, zeros, keep, log_sum, delta, acc, scale, PRECISION)
 
     # The runs in their coarse bins that rows do not keep.
     begin = window_begin(position, length, stride, WIDTH, HAS_WINDOW)
     count = sorted_entries(count, begin, length, WIDTH, HAS_WINDOW)
-    if LOOKS_TWICE:
-        RUN_K += item_head * num_runs * HEAD_DIM
-        RUN_V += item_head * num_runs * VALUE_DIM
-        RUN_OFFSET += item_head * num_runs
-        INSIDE += place * INSIDE_CAPACITY
-        m_split = (level > WIDTH_LEVEL) & (length > 0)
-        end = tl.where(m_split, tl.minimum(length, begin), 0)
-        inside = tl.where(tl.max(end) > 0, tl.load(INSIDE_META + place * 2), 0)
-        unit = tl.maximum(tl.load(INSIDE_META + place * 2 + 1) - WIDTH_LEVEL, 0)  # log2 of an entry's runs
-        for step in range(0, ((inside << unit) + TILE - 1) // TILE):
-            run, far = inside_runs(INSIDE, inside, unit, ENTRIES, count, step, end, WIDTH, SEARCH_STEPS, ROWS, TILE)
-            b_k = load_columns(RUN_K, run, run < num_runs, HEAD_DIM, HEAD_DIM, HEAD_PADDED)
-            b_v = load_columns(RUN_V, run, run < num_runs, VALUE_DIM, VALUE_DIM, VALUE_PADDED)
-            offset = tl.load(RUN_OFFSET + run, mask=run < num_runs, other=0.0) * LOG2E
-            acc = _add_tile(b_q, b_do, b_k, b_v, offset, far, log_sum, delta, acc, scale, PRECISION)
+    RUN_K += item_head * num_runs * HEAD_DIM
+    RUN_V += item_head * num_runs * VALUE_DIM
+    RUN_OFFSET += item_head * num_runs
+    INSIDE += place * INSIDE_CAPACITY
+    m_split = (level > WIDTH_LEVEL) & (length > 0)
+    end = tl.where(m_split, tl.minimum(length, begin), 0)
+    inside = tl.where(tl.max(end) > 0, tl.load(INSIDE_META + place * 2), 0)
+    unit = tl.maximum(tl.load(INSIDE_META + place * 2 + 1) - WIDTH_LEVEL, 0)  # log2 of an entry's runs
+    for step in range(0, ((inside << unit) + TILE - 1) // TILE):
+        run, far = inside_runs(INSIDE, inside, unit, ENTRIES, count, step, end, WIDTH, SEARCH_STEPS, ROWS, TILE)
+        b_k = load_columns(RUN_K, run, run < num_runs, HEAD_DIM, HEAD_DIM, HEAD_PADDED)
+        b_v = load_columns(RUN_V, run, run < num_runs, VALUE_DIM, VALUE_DIM, VALUE_PADDED)
+        offset = tl.load(RUN_OFFSET + run, mask=run < num_runs, other=0.0) * LOG2E
+        acc = add_gradient(b_q, b_do, b_k, b_v, offset, far, log_sum, delta, acc, scale, PRECISION)
 
-    # The bins of each row's width that are not split.
+    # Bins within runs: the list says which of them a row keeps.
     low = tl.min(tl.where(length > 0, level, 31))
-    high = tl.max(level)
     longest = tl.max(length)
     BIN_K += item_head * num_levels * (NUM_BINS * HEAD_DIM)
     BIN_V += item_head * num_levels * (NUM_BINS * VALUE_DIM)
     BIN_OFFSET += item_head * num_levels * NUM_BINS
     p_word = BITS + row * (NUM_BINS // 32)
-    for current in range(low, high + 1):
+    for current in range(low, tl.minimum(tl.max(level), WIDTH_LEVEL) + 1):
         m_level = (length > 0) & (level == current)
         used = tl.minimum((longest + (1 << current) - 1) >> current, NUM_BINS)
         for word in range(0, (used + 31) // 32):
@@ -194,7 +201,7 @@ def _query_gradient_kernel(
             b_k = load_columns(BIN_K, bin_, bin_ >= 0, HEAD_DIM, HEAD_DIM, HEAD_PADDED)
             b_v = load_columns(BIN_V, bin_, bin_ >= 0, VALUE_DIM, VALUE_DIM, VALUE_PADDED)
             offset = tl.load(BIN_OFFSET + bin_) * LOG2E
-            acc = _add_tile(b_q, b_do, b_k, b_v, offset, far, log_sum, delta, acc, scale, PRECISION)
+            acc = add_gradient(b_q, b_do, b_k, b_v, offset, far, log_sum, delta, acc, scale, PRECISION)
 
     p_grad = GRAD_Q + row[:, None] * HEAD_DIM + o_dim[None, :]
     tl.store(p_grad, (acc * scaling).to(GRAD_Q.dtype.element_ty), mask=m_row[:, None] & (o_dim < HEAD_DIM)[None, :])

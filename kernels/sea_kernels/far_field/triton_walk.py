@@ -66,10 +66,9 @@ class Walk:
         return [pool(self.key, self.value, self.centre, self.spans, *place) for place in places]
 
     def launches(self) -> Iterator[tuple[Entries, Entries]]:
-        """Lists of what the blocks of one launch keep, and of the bins inside which their runs lie."""
+        """After two looks: lists of what a launch's blocks keep, and of the bins inside which their runs lie."""
         for launch in self.near.split(cdiv(self.num_queries, BLOCK_ROWS), 8 * self.inside.capacity):
-            near = self.near.build(*launch)
-            yield near, self.inside.build(*launch) if self.looks_twice else near
+            yield self.near.build(*launch), self.inside.build(*launch)
 
     def arguments(self, near: Entries, inside: Entries, pools: list[Pool]) -> tuple:
         """What every walking kernel takes after its own arguments."""
@@ -152,7 +151,7 @@ class Walk:
         """Constants of the kernels that walk lists."""
         return {
             "CAPACITY": self.near.capacity,
-            "INSIDE_CAPACITY": self.inside.capacity if self.looks_twice else self.near.capacity,
+            "INSIDE_CAPACITY": self.inside.capacity,
             "SEARCH_STEPS": self.near.capacity.bit_length(),
             "ROWS": BLOCK_ROWS,
             "TILE": TILE,
@@ -195,6 +194,15 @@ def accumulate(scores, keep, b_v, highest, total, acc, PRECISION: tl.constexpr):
     total = total * rescale + tl.sum(weights, 1)
     acc = acc * rescale[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision=PRECISION)
     return new_highest, total, acc
+
+
+@triton.jit
+def add_gradient(b_q, b_do, b_k, b_v, offset, keep, log_sum, delta, acc, scale, PRECISION: tl.constexpr):
+    """Add what one tile of keys, or of pooled keys, contributes to the gradient of a block of rows."""
+    scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale + offset[None, :]  # [ROWS, TILE]
+    weights = tl.exp2(tl.where(keep, scores - log_sum[:, None], float("-inf")))
+    grad = weights * (tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION) - delta[:, None])
+    return acc + tl.dot(grad.to(b_k.dtype), b_k, input_precision=PRECISION)
 
 
 @triton.jit

@@ -1,22 +1,24 @@
 """Triton form of sparse attention's gradients.
 
 The gradient of a query needs the keys that its row keeps: the forward's walk over the entry lists once more. The
-gradients of a key need the rows that keep it: ``triton_backward_keys.py``. Probabilities are computed again from each
-row's log-sum-exp; nothing depends on the order in which programs run, so two runs give the same bits.
+gradients of a key need the rows that keep it: ``triton_backward_keys.py``. Aligned bins have kernels of their own for
+both: ``triton_wide_rows_backward.py``, ``triton_wide_rows_keys.py``. Probabilities are computed again from each row's
+log-sum-exp; nothing depends on the order in which programs run, so two runs give the same bits.
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..masks import BinMask, RunMask
+from ..masks import BinMask, RunMask, mask_of_heads
 from ..triton_common import item_span, item_spans, on_device, row_span, with_dense_rows
 from ..triton_entries import BLOCK_ROWS, RELATIVE_TILE, Entries, EntryLists
 from ..triton_inverse import MOST_CHUNKS
+from ..triton_wide_rows_backward import differentiate_queries_in_bins
+from ..triton_wide_rows_keys import differentiate_keys_in_bins
 from .triton import LOG2E, count_steps, visit
 from .triton_backward_keys import differentiate_keys
 
@@ -60,9 +62,15 @@ def sparse_attention_backward(
     grad_key, grad_value = empty_like(key), empty_like(value)
     members = query.shape[1] // key.shape[1]
     with on_device(query):
+        if isinstance(mask, BinMask) and mask.layout == "aligned":
+            rows, keys = (query, grad_output, log_sum, delta), (key, value, mask)
+            place = {"causal": causal, "scaling": scaling, "spans": spans, "row_scale": row_scale}
+            differentiate_queries_in_bins(*rows, *keys, grad_query, **place, output=output, grad_scale=grad_scale)
+            differentiate_keys_in_bins(*rows, *keys, grad_key, grad_value, **place)
+            return grad_query, grad_key, grad_value, grad_scale
         for groups in _slices(mask, key.shape, members):
             heads = slice(groups.start * members, groups.stop * members)
-            own = _of_heads(mask, heads)
+            own = mask_of_heads(mask, heads)
             lists = EntryLists(own, key.shape[2], causal, spans)
             keys = [x[:, groups] for x in (key, value)]
             rows = [None if x is None else x[:, heads] for x in (query, grad_output, log_sum, delta, row_scale)]
@@ -77,22 +85,15 @@ def sparse_attention_backward(
     return grad_query, grad_key, grad_value, grad_scale
 
 
-def _of_heads(mask: BinMask | RunMask, heads: slice) -> BinMask | RunMask:
-    if isinstance(mask, BinMask):
-        return replace(mask, bits=mask.bits[:, heads])
-    return replace(mask, starts=mask.starts[:, heads])
-
-
 def _slices(mask: BinMask | RunMask, key_shape: torch.Size, members: int) -> Iterator[slice]:
-    """Key heads to be taken together, so that their lists stay small."""
+    """Key heads to be taken together, so that the lists of their runs stay small."""
     batch, groups, num_keys, _ = key_shape
-    if isinstance(mask, BinMask):
-        num_queries, kept, units = mask.bits.shape[2], mask.num_bins, 0
-    else:
-        num_queries, kept, units = *mask.starts.shape[2:], num_keys // mask.width
-    # An entry and a row in a unit's list for every bin or run of a row, and the table that sorts them.
-    size = batch * members * (12 * num_queries * kept + 8 * MOST_CHUNKS * units)
-    at_once = max(1, BUFFER_BYTES // max(1, size))
+    at_once = groups
+    if isinstance(mask, RunMask):
+        num_queries, slots = mask.starts.shape[2:]
+        # An entry and a row in a unit's list for every run of a row, and the table that sorts them.
+        size = batch * members * (12 * num_queries * slots + 8 * MOST_CHUNKS * (num_keys // mask.width))
+        at_once = max(1, BUFFER_BYTES // max(1, size))
     for first in range(0, groups, at_once):
         yield slice(first, min(first + at_once, groups))
 

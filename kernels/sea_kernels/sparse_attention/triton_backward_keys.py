@@ -1,4 +1,4 @@
-"""Gradients of sparse attention to keys and values.
+"""Gradients of sparse attention to the keys and values of runs, and of bins of the relative layout.
 
 A program takes a tile of keys of one key head. For every query head that reads them it walks the rows that keep some of
 them, 16 at a time, and adds up in registers. Which rows those are, ``triton_inverse.py`` lists; tiles with long lists,
@@ -86,15 +86,15 @@ def _relative_source(lists: EntryLists) -> dict:
     """Where the kernel finds a tile's rows in the relative layout: they are those that see it."""
     mask = lists.mask
     unused = dict.fromkeys(("LISTED", "OFFSETS", "PART_SIZE", "PART_ENDS", "PART_TILE", "SUMS"))
-    unused |= {"all_tiles": 0, "first_level": 0, "levels": 1, "units": 0}
+    unused |= {"all_tiles": 0, "level": 0, "units": 0}
     found = {"BITS": lists.source, "shift": mask.shift, "NUM_BINS": mask.num_bins, "HAS_SHIFT": mask.shift != 0}
     return unused | found | {"RELATIVE": True}
 
 
 def _listed_source(inverse: InverseLists, parts: TileParts) -> dict:
-    """Where the kernel finds them otherwise."""
+    """Where the kernel finds those of runs."""
     found = {"LISTED": inverse.rows, "OFFSETS": inverse.offsets}
-    found |= {"first_level": inverse.first_level, "levels": inverse.levels, "units": inverse.units}
+    found |= {"level": inverse.first_level, "units": inverse.units}
     found |= {"PART_SIZE": parts.size, "PART_ENDS": parts.ends, "PART_TILE": parts.tile}
     return found | {"BITS": None, "shift": 0, "NUM_BINS": 32, "HAS_SHIFT": False, "RELATIVE": False}
 
@@ -169,8 +169,7 @@ def _add_rows(
         "scale",
         "scaling",
         "all_tiles",
-        "first_level",
-        "levels",
+        "level",
         "units",
         "shift",
     ]
@@ -220,8 +219,7 @@ def _key_kernel(
     PART_TILE,
     SUMS,
     all_tiles,
-    first_level,
-    levels,
+    level,
     units,
     BITS,
     shift,
@@ -266,14 +264,13 @@ def _key_kernel(
     grad_k = tl.zeros([KEYS, HEAD_PADDED], tl.float32)
     grad_v = tl.zeros([KEYS, VALUE_PADDED], tl.float32)
     seen = item_group * 0  # rows in the lists so far
-    for segment in range(0, members * levels):  # one level only in the relative layout
-        head = group * members + segment // levels
-        level = first_level + segment % levels
-        item_head = item_group * members + segment // levels
+    for member in range(0, members):
+        head = group * members + member
+        item_head = item_group * members + member
         if RELATIVE:
             start, stop = _seeing_rows(tile * KEYS, num_queries, num_keys, first, real, CAUSAL)
         else:
-            begin, end = tile_range(OFFSETS, item_head, level, tile * KEYS, first_level, levels, units, KEYS)
+            begin, end = tile_range(OFFSETS, item_head, level, tile * KEYS, level, 1, units, KEYS)
             start = begin + tl.maximum(low - seen, 0)
             stop = tl.minimum(end, begin + (high - seen))
             seen += end - begin

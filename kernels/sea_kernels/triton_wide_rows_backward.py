@@ -1,0 +1,209 @@
+"""Gradient to the queries of many neighbouring rows at a time that attend to the aligned bins that they keep.
+
+A block of rows walks the list that it walked in the forward pass. With the row's log-sum every weight p is known at
+once: ``dq = scaling * sum p (grad_output . v - delta) k``. What rows have of something else joins the same sum.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .masks import BinMask
+from .triton_common import aligned_level, item_span, next_power_of_2, row_span
+from .triton_wide_lists import TILE, WideLists, backward_rows, visit_tile
+
+LOG2E = 1.4426950408889634
+
+
+def differentiate_queries_in_bins(
+    query: Tensor,
+    grad_output: Tensor,
+    log_sums: Tensor,
+    delta: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BinMask,
+    grad_query: Tensor,
+    *,
+    causal: bool,
+    scaling: float,
+    spans: Tensor | None,
+    output: Tensor | None = None,
+    row_scale: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    so_far: Tensor | None = None,
+) -> None:
+    """Fill ``grad_query``, and what else is asked for.
+
+    Args:
+        query: ``[N, H, T, D]``; its last dimension is contiguous, as those of grad_output, key and value are.
+        grad_output: ``[N, H, T, E]``.
+        log_sums: float32 ``[N, H, T]``, contiguous, log2 of each row's sum of exponentials.
+        delta: float32 ``[N, H, T]``, contiguous, product of grad_output and output: read if there is ``so_far``, else
+            written.
+        key: ``[N, G, S, D]``.
+        value: ``[N, G, S, E]``.
+        mask: aligned bins.
+        grad_query: like query.
+        causal: whether a row sees only keys up to its own position.
+        scaling: factor of the scores.
+        spans: int32 ``[N, 2]`` of ``triton_common.item_spans``, or None.
+        output: ``[N, H, T, E]``, contiguous; needed without ``so_far``.
+        row_scale: None, or float32 ``[N, H, T]``, contiguous, factor of every row's result.
+        grad_scale: None, or ``[N, H, T]``, contiguous, for the gradient to ``row_scale``.
+        so_far: None, or float32 ``[N, H, T, D]``, contiguous: the sum over something else, without ``scaling``. Single
+            precision, since the two sums may nearly cancel: with all its weights a row's share of the keys' mean is 0.
+    """
+    batch, heads, num_queries, head_dim = query.shape
+    value_dim = value.shape[-1]
+    # Keys come by way of a list: it takes five stages to load some while others are in use.
+    stages = 5 if max(head_dim, value_dim) * query.itemsize <= 256 else 3
+    lists = WideLists(mask, key.shape[2], causal, spans, backward_rows(query, value))
+    for chunk in lists.chunks():
+        entries = lists.build(*chunk)
+        _query_kernel[(chunk[1], batch * heads)](
+            query,
+            key,
+            value,
+            output,
+            grad_output,
+            grad_query,
+            so_far,
+            log_sums,
+            delta,
+            row_scale,
+            grad_scale,
+            lists.bits,
+            entries.packed,
+            entries.meta,
+            spans,
+            *query.stride()[:3],
+            *key.stride()[:3],
+            *value.stride()[:3],
+            *grad_output.stride()[:3],
+            *grad_query.stride()[:3],
+            heads // key.shape[1],
+            heads,
+            num_queries,
+            lists.num_keys,
+            entries.first_block,
+            lists.levels,
+            scaling * LOG2E,
+            scaling,
+            HEAD_DIM=head_dim,
+            VALUE_DIM=value_dim,
+            HEAD_PADDED=max(16, next_power_of_2(head_dim)),
+            VALUE_PADDED=max(16, next_power_of_2(value_dim)),
+            TILE=TILE,
+            PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
+            **lists.flags(),
+            num_warps=4,
+            num_stages=stages,
+        )
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels", "scale", "scaling"])
+def _query_kernel(
+    Q,
+    K,
+    V,
+    OUT,
+    GRAD_OUT,
+    GRAD_Q,
+    SO_FAR,
+    LOG_SUM,
+    DELTA,
+    ROW_SCALE,
+    GRAD_SCALE,
+    BITS,
+    ENTRIES,
+    META,
+    SPANS,
+    q_item,
+    q_head,
+    q_row,
+    k_item,
+    k_head,
+    k_row,
+    v_item,
+    v_head,
+    v_row,
+    g_item,
+    g_head,
+    g_row,
+    gq_item,
+    gq_head,
+    gq_row,
+    heads_per_group,
+    heads,
+    num_queries,
+    num_keys,
+    first_block,
+    num_levels,
+    scale,
+    scaling,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_PADDING: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    item, head = item_head // heads, item_head % heads
+    first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
+    rows = (first_block + block) * ROWS + tl.arange(0, ROWS)
+    _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
+    level = aligned_level(length, num_levels, NUM_BINS)
+    m_row = rows < num_queries
+    o_dim, o_value = tl.arange(0, HEAD_PADDED), tl.arange(0, VALUE_PADDED)
+    m_dim, m_value = (o_dim < HEAD_DIM)[None, :], (o_value < VALUE_DIM)[None, :]
+    row, long_rows = item_head * num_queries + rows, rows.to(tl.int64)[:, None]
+    p_q = Q + item * q_item + head * q_head + long_rows * q_row + o_dim[None, :]
+    b_q = tl.load(p_q, mask=m_row[:, None] & m_dim, other=0.0)  # [ROWS, HEAD]
+    p_do = GRAD_OUT + item * g_item + head * g_head + long_rows * g_row + o_value[None, :]
+    b_do = tl.load(p_do, mask=m_row[:, None] & m_value, other=0.0)  # [ROWS, VALUE]
+    log_sum = tl.load(LOG_SUM + row, mask=m_row, other=0.0)
+    if SO_FAR is not None:
+        delta = tl.load(DELTA + row, mask=m_row, other=0.0)
+        acc = tl.load(SO_FAR + row[:, None] * HEAD_DIM + o_dim[None, :], mask=m_row[:, None] & m_dim, other=0.0)
+    else:
+        p_out = OUT + row[:, None] * VALUE_DIM + o_value[None, :]
+        b_out = tl.load(p_out, mask=m_row[:, None] & m_value, other=0.0)
+        delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
+        tl.store(DELTA + row, delta, mask=m_row)
+        acc = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    factor = tl.full([ROWS], 1.0, tl.float32)
+    if ROW_SCALE is not None:
+        factor = tl.load(ROW_SCALE + row, mask=m_row, other=0.0)
+    mean = tl.zeros([ROWS], tl.float32)  # of the products with the gradient: the gradient of the row's factor
+
+    K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
+    V += item * v_item + (head // heads_per_group) * v_head + first.to(tl.int64) * v_row
+    place = item_head * tl.num_programs(0) + block
+    ENTRIES += place * CAPACITY
+    tiles = tl.load(META + place * 2 + 1) - 5  # log2 of an entry's tiles
+    p_words = BITS + row * (NUM_BINS // 32)
+    for step in range(0, tl.load(META + place * 2) << tiles):
+        o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
+        m_key = (o_key < real)[:, None]
+        b_k = tl.load(K + o_key.to(tl.int64)[:, None] * k_row + o_dim[None, :], mask=m_key & m_dim, other=0.0)
+        b_v = tl.load(V + o_key.to(tl.int64)[:, None] * v_row + o_value[None, :], mask=m_key & m_value, other=0.0)
+        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
+        weights = tl.exp2(tl.where(keep, scores - log_sum[:, None], float("-inf")))
+        products = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        if GRAD_SCALE is not None:
+            mean += tl.sum(weights * products, 1)
+        grad_scores = weights * (products * factor[:, None] - delta[:, None])
+        acc += tl.dot(grad_scores.to(b_k.dtype), b_k, input_precision=PRECISION)
+
+    p_grad = GRAD_Q + item * gq_item + head * gq_head + long_rows * gq_row + o_dim[None, :]
+    tl.store(p_grad, (acc * scaling).to(GRAD_Q.dtype.element_ty), mask=m_row[:, None] & m_dim)
+    if GRAD_SCALE is not None:
+        tl.store(GRAD_SCALE + row, mean.to(GRAD_SCALE.dtype.element_ty), mask=m_row)
