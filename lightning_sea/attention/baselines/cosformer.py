@@ -12,7 +12,7 @@ from sea_kernels.spans import row_spans
 
 from .base import BaselineAttention
 
-CHUNK = 128  # causal rows whose products are taken directly; between chunks only the state is carried
+CHUNK = 128  # causal rows whose products are taken directly; earlier keys enter through their sums
 EPSILON = 1e-6  # least normaliser: rectified queries may meet no key
 
 
@@ -57,7 +57,7 @@ def cosformer_attention(
     bidirectional attention; in causal attention, where a row must not know how many tokens follow, it is ``horizon``.
 
     Computed in float32 for half-precision inputs, also under autocast; float64 stays float64. Gradients flow to query,
-    key and value; the backward pass of causal attention computes each chunk again.
+    key and value; the backward pass of causal attention computes its products again.
 
     Args:
         query: ``[N, H, T, D]``.
@@ -97,28 +97,26 @@ def _bidirectional(query: Tensor, key: Tensor, value: Tensor, angle: Tensor, rea
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, angle: Tensor, real: Tensor) -> Tensor:
-    batch, groups, num_keys, head_dim = key.shape
-    state = angle.new_zeros(batch, groups, 2 * head_dim, value.shape[-1] + 1)
-    recompute = num_keys > CHUNK and is_differentiated(query, key, value)
-    outputs = []
-    for first in range(0, num_keys, CHUNK):
-        rows = slice(first, first + CHUNK)
-        chunk = query[:, :, rows], key[:, :, rows], value[:, :, rows], angle[:, rows], real[:, rows]
-        output, state = run_chunk(_causal_chunk, *chunk, state, recompute=recompute)
-        outputs.append(output)
-    return torch.cat(outputs, 2)
+    recompute = is_differentiated(query, key, value)
+    return run_chunk(_causal_chunks, query, key, value, angle, real, recompute=recompute)
 
 
-def _causal_chunk(
-    query: Tensor, key: Tensor, value: Tensor, angle: Tensor, real: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Output of one chunk of rows and the state after it. state: ``[N, G, 2D, E + 1]``."""
-    query_features = _by_group(_features(query, angle, real), key.shape[1])  # [N, G, H/G * C, 2D]
-    key_features = _features(key, angle, real)  # [N, G, C, 2D]
-    value = _with_ones(value.to(state.dtype))
-    weights = (query_features @ key_features.mT).unflatten(2, (-1, query.shape[2])).tril().flatten(2, 3)
-    output = _weighted_mean(weights @ value + query_features @ state, query)
-    return output, state + key_features.mT @ value
+def _causal_chunks(query: Tensor, key: Tensor, value: Tensor, angle: Tensor, real: Tensor) -> Tensor:
+    """All chunks at once, of L rows: a row meets its own chunk's keys directly and earlier ones through their sums."""
+    num_rows, groups = query.shape[2], key.shape[1]
+    query_features = _in_chunks(_features(query, angle, real)).unflatten(1, (groups, -1))  # [N, G, H/G, C, L, 2D]
+    key_features = _in_chunks(_features(key, angle, real))[:, :, None]  # [N, G, 1, C, L, 2D]
+    value = _in_chunks(_with_ones(value.to(angle.dtype)))[:, :, None]
+    sums = key_features.mT @ value  # [N, G, 1, C, 2D, E + 1]
+    before = functional.pad(sums[:, :, :, :-1], (0, 0, 0, 0, 1, 0)).cumsum(3)
+    weights = (query_features @ key_features.mT).tril()
+    output = weights @ value + query_features @ before
+    return _weighted_mean(output.flatten(3, 4)[:, :, :, :num_rows], query)
+
+
+def _in_chunks(rows: Tensor) -> Tensor:
+    """``[N, H, T, M]`` to ``[N, H, C, CHUNK, M]``, rows of 0 at the end."""
+    return functional.pad(rows, (0, 0, 0, -rows.shape[2] % CHUNK)).unflatten(2, (-1, CHUNK))
 
 
 def _features(rows: Tensor, angle: Tensor, real: Tensor) -> Tensor:
