@@ -7,14 +7,16 @@ how much work they share. So causal inputs are those of a pretrained language mo
 from all over its layers; without ``--model``, and for bidirectional layers, they are synthetic and smooth (see
 ``measure.smooth``), whose rows agree much less. Errors are checked first, against float64.
 
-Methods: "sdpa" (the faster of flash and cuDNN), "sea" (``FORMS`` of it), "sea_paper" (the published form: linear
-attention and convolutions, whose masks are those of random weights), "flex_window" (FlexAttention), "eager". ``ms`` is
-a call from Python; ``graph_ms`` is the same work replayed from a CUDA graph, which is what the device needs by itself.
+Methods: "sdpa" (the faster of flash and cuDNN), "sea" (``FORMS`` of it; with a model also with budgets that its heads
+share by need, ``head_budgets``), "sea_paper" (the published form: linear attention and convolutions, whose masks are
+those of random weights), "flex_window" (FlexAttention), "eager". ``ms`` is a call from Python; ``graph_ms`` is the same
+work replayed from a CUDA graph, which is what the device needs by itself.
 """
 
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +27,9 @@ from recorded import Recorded
 from torch import Tensor
 
 from lightning_sea.attention import SEAAttention
+from lightning_sea.budgets import allocate, errors_and_keys
 from lightning_sea.config import SEAConfig
+from lightning_sea.recorder import LayerRecord
 from sea_kernels import far_field_attention, sparse_attention
 
 HEAD_DIM = 64
@@ -34,25 +38,45 @@ BIDIRECTIONAL_HEADS, BIDIRECTIONAL_BINS, BIDIRECTIONAL_LONGEST = 12, 128, 32768 
 MAX_ERROR_RATIO = 2.0
 FORMS = {
     "default": {},
-    "keys_256": {"k": 256},
     "two_looks": {"k": 64, "first_look_ratio": 8},
-    "mean": {"average_context": "mean"},
 }
+BUDGETS_LENGTH = 8192  # of the input that heads' budgets come from
 
 
-def sea_forms(causal: bool, forms: list[str], strides: list[int]) -> Iterator[tuple[str, SEAConfig]]:
-    """Every SEA layer that is measured: the method's name and its configuration."""
+@dataclass(frozen=True)
+class Form:
+    """A SEA layer that is measured; ``error_ratio`` is that of its kernels."""
+
+    method: str
+    config: SEAConfig
+    head_budgets: bool = False
+    error_ratio: float | None = None
+
+
+def sea_forms(causal: bool, forms: list[str], strides: list[int], budgets: bool) -> Iterator[Form]:
+    """Every SEA layer that is measured, with ``budgets`` also those whose heads have budgets of their own."""
     width = {} if causal else {"predictor_length": BIDIRECTIONAL_BINS}
     paper = SEAConfig.paper_opt if causal else SEAConfig.paper_bert
     for stride in strides if causal else [1]:
         for form in forms:
-            yield "sea", SEAConfig(query_stride=stride, **FORMS[form], **width)
-        yield "sea_paper", paper(query_stride=stride)
+            config = SEAConfig(query_stride=stride, **FORMS[form], **width)
+            yield from (Form("sea", config, shared) for shared in ((False, True) if budgets else (False,)))
+        yield Form("sea_paper", paper(query_stride=stride))
 
 
 def sea_layer(config: SEAConfig, heads: int, causal: bool) -> SEAAttention:
     layer = SEAAttention(config, num_heads=heads, num_kv_heads=heads, head_dim=HEAD_DIM, causal=causal)
     return layer.cuda().bfloat16().eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def shares(layer: SEAAttention, recorded: Recorded) -> Tensor:
+    """Shares of the heads in the budget of keys, as a model's heads get them: ``[H]``."""
+    query, key, value = recorded.inputs(BUDGETS_LENGTH)
+    context = sdpa("cudnn", causal=True)(query, key, value).transpose(1, 2)
+    record = LayerRecord(query, key, value, context, SCALING, None, True, None)
+    errors, keys = errors_and_keys(layer, record)[:, None].cpu()
+    return allocate(errors, keys)[0]
 
 
 def error_ratio(config: SEAConfig, causal: bool, heads: int = 4, seq_len: int = 1000) -> float:
@@ -83,7 +107,7 @@ class Comparison:
     Args:
         causal: whether rows see only earlier keys.
         heads: query heads, and key heads.
-        forms: the SEA layers' names and configurations, with what is known of their errors.
+        forms: the SEA layers.
         others: further methods, of "eager" and "flex_window".
         recorded: whose inputs are taken; None takes synthetic ones.
     """
@@ -92,12 +116,13 @@ class Comparison:
         self,
         causal: bool,
         heads: int,
-        forms: list[tuple[str, SEAConfig, float]],
+        forms: list[Form],
         others: list[str],
         recorded: Recorded | None,
     ) -> None:
         self.causal, self.heads, self.forms, self.others = causal, heads, forms, list(others)
         self.recorded = recorded
+        self.shares: dict[Form, Tensor] = {}
 
     def inputs(self, seq_len: int) -> list[Tensor]:
         """Query, key and value."""
@@ -109,7 +134,7 @@ class Comparison:
         """One row per method, printed."""
         inputs = self.inputs(seq_len)
         rows = [self._sdpa_row(inputs)]
-        rows += [self._sea_row(*form, inputs) for form in self.forms]
+        rows += [self._sea_row(form, inputs) for form in self.forms]
         rows += [self._other_row(name, inputs) for name in list(self.others)]
         common = {"causal": self.causal, "heads": self.heads, "head_dim": HEAD_DIM, "seq_len": seq_len}
         common |= {"dtype": "bfloat16", "inputs": "recorded" if self.recorded else "synthetic"}
@@ -127,15 +152,21 @@ class Comparison:
         fastest = min(runs, key=lambda backend: runs[backend]["ms"])
         return {"method": "sdpa", "backend": fastest, **runs[fastest]}
 
-    def _sea_row(self, method: str, config: SEAConfig, error: float, inputs: list[Tensor]) -> dict:
+    def _sea_row(self, form: Form, inputs: list[Tensor]) -> dict:
+        config = form.config
         layer = sea_layer(config, self.heads, self.causal)
+        if form.head_budgets:
+            if form not in self.shares:
+                self.shares[form] = shares(layer, self.recorded)
+            layer.budgets.assign(self.shares[form])
 
         def forward() -> Tensor:
             return layer(*inputs, scaling=SCALING, with_scores=False)[0]
 
         knobs = "k", "predictor_length", "query_stride", "first_look_ratio", "second_look_width", "average_context"
-        row = {"method": method, **{knob: getattr(config, knob) for knob in knobs}, "error_ratio": error}
-        row |= time_and_memory(forward, graph=method == "sea")
+        row = {"method": form.method, **{knob: getattr(config, knob) for knob in knobs}}
+        row |= {"head_budgets": form.head_budgets, "error_ratio": form.error_ratio}
+        row |= time_and_memory(forward, graph=form.method == "sea")
         return row | {"stages_ms": None if row["ms"] is None else stages_ms(layer, forward)}
 
     def _other_row(self, name: str, inputs: list[Tensor]) -> dict:
@@ -150,10 +181,14 @@ class Comparison:
 def comparisons(args: argparse.Namespace) -> Iterator[tuple[Comparison, list[int]]]:
     """What is compared, and at which lengths. Raises SystemExit if a kernel is not as exact as it must be."""
     for causal, all_heads in ((True, args.heads), (False, [BIDIRECTIONAL_HEADS])):
-        forms = [(*form, error_ratio(form[1], causal)) for form in sea_forms(causal, args.forms, args.strides)]
-        for method, config, error in forms:
-            if error > MAX_ERROR_RATIO:
-                raise SystemExit(f"{method} {config}: its error is {error} times that of PyTorch's half precision")
+        budgets = causal and args.model is not None
+        forms = [
+            replace(form, error_ratio=error_ratio(form.config, causal))
+            for form in sea_forms(causal, args.forms, args.strides, budgets)
+        ]
+        for form in forms:
+            if form.error_ratio > MAX_ERROR_RATIO:
+                raise SystemExit(f"{form}: its error is too large a multiple of that of PyTorch's half precision")
         lengths = [length for length in args.lengths if causal or length <= BIDIRECTIONAL_LONGEST]
         for heads in all_heads:
             recorded = Recorded(args.model, args.text, heads) if args.model and causal else None

@@ -5,7 +5,7 @@
 The gradients of all operations are checked first (``distillation_checks.py``). Then, causal, batch 1, in bf16:
 
 - ``layer``: forward and backward of one attention layer with the losses of its estimate, its attention and its context;
-  the teacher's queries, keys, values and context are given. Inputs as in ``attention_forward.py``.
+  the teacher's queries, keys, values and context are given. Synthetic inputs and forms as in ``attention_forward.py``.
 - ``llama-125m``: training steps of ``CausalLMModule``, the optimiser's included, with all of its losses under autocast.
   Weights and tokens are random, so that neighbouring rows agree little: the worst case for sparse attention.
 
@@ -31,6 +31,7 @@ from unittest import mock
 
 import dense_distillation
 import torch
+from attention_forward import FORMS
 from distillation_checks import gradient_checks
 from lightning.pytorch import Callback, LightningModule, Trainer
 from measure import ROOT, median_ms, report_head, smooth, write_report
@@ -87,9 +88,10 @@ class UntilMemoryEnds:
 # One layer
 
 
-def layer_inputs(heads: int, seq_len: int) -> tuple[SEAAttention, LayerRecord, list[Tensor]]:
+def layer_inputs(heads: int, seq_len: int, form: str) -> tuple[SEAAttention, LayerRecord, list[Tensor]]:
     """A fresh layer, the teacher's record, and the student's query, key and value, which are not far from it."""
-    layer = SEAAttention(SEAConfig(), num_heads=heads, num_kv_heads=heads, head_dim=HEAD_DIM, causal=True).cuda()
+    config = SEAConfig(**FORMS[form])
+    layer = SEAAttention(config, num_heads=heads, num_kv_heads=heads, head_dim=HEAD_DIM, causal=True).cuda()
     query, key, value = (smooth(heads, seq_len, HEAD_DIM) for _ in range(3))
     with torch.no_grad():
         context = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
@@ -160,9 +162,11 @@ def measured(step: Callable[[], Any]) -> Numbers:
     return {"ms": round(ms, 3), "peak_mib": round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)}
 
 
-def layer_rows(heads: int, seq_len: int, methods: list[str], attempt: UntilMemoryEnds) -> Iterator[dict[str, Any]]:
+def layer_rows(
+    heads: int, seq_len: int, form: str, methods: list[str], attempt: UntilMemoryEnds
+) -> Iterator[dict[str, Any]]:
     """All rows of one number of heads and one length."""
-    layer, teacher, inputs = layer_inputs(heads, seq_len)
+    layer, teacher, inputs = layer_inputs(heads, seq_len, form)
     grad = torch.randn_like(inputs[0])
     runs = {name: measured(lambda b=backend: sdpa_step(inputs, grad, b)) for name, backend in DENSE.items()}
     fastest = min(runs, key=lambda name: runs[name]["ms"])
@@ -211,9 +215,12 @@ def save_model(directory: str, **changes: Any) -> None:
     LlamaForCausalLM(LlamaConfig(**{**MODEL, **changes})).save_pretrained(directory)
 
 
-def training_module(directory: str, method: str, *, gradient_checkpointing: bool = False) -> CausalLMModule:
+def training_module(
+    directory: str, method: str, form: str = "default", *, gradient_checkpointing: bool = False
+) -> CausalLMModule:
     """What trains with ``method`` from the model in ``directory``."""
-    module = CausalLMModule(directory, attention="dense" if method == "sdpa" else "sea")
+    attention = {"attention": "dense"} if method == "sdpa" else {"attention": "sea", "sea": SEAConfig(**FORMS[form])}
+    module = CausalLMModule(directory, **attention)
     if gradient_checkpointing:
         module.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return module
@@ -243,14 +250,14 @@ def training_steps(module: CausalLMModule, method: str, seq_len: int) -> Numbers
 
 
 def model_rows(
-    lengths: list[int], methods: list[str], *, gradient_checkpointing: bool = False
+    lengths: list[int], form: str, methods: list[str], *, gradient_checkpointing: bool = False
 ) -> Iterator[dict[str, Any]]:
     """All rows of the model, one method after the other."""
     attempt = UntilMemoryEnds()
     with tempfile.TemporaryDirectory() as directory:
         save_model(directory)
         for method in methods:
-            module = training_module(directory, method, gradient_checkpointing=gradient_checkpointing)
+            module = training_module(directory, method, form, gradient_checkpointing=gradient_checkpointing)
             row = {"method": method, "model": "llama-125m", "heads": MODEL["num_attention_heads"]}
             row["gradient_checkpointing"] = gradient_checkpointing
             for seq_len in lengths:
@@ -280,9 +287,9 @@ def _cell(row: dict[str, Any] | None) -> str:
     return "out of memory" if row["ms"] is None else f"{row['ms']:.2f} {row['peak_mib']:8.0f}"
 
 
-def checked_gradients() -> dict[str, dict]:
+def checked_gradients(form: str) -> dict[str, dict]:
     """Stops the run if a gradient is wrong."""
-    layer, teacher, inputs = layer_inputs(4, 1000)
+    layer, teacher, inputs = layer_inputs(4, 1000, form)
     checks = gradient_checks(layer, teacher, inputs)
     for name, check in checks.items():
         if not check["error_ratio"] <= LARGEST_ERROR_RATIO or not check["repeats"]:
@@ -295,6 +302,7 @@ def checked_gradients() -> dict[str, dict]:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/distillation_step.json")
+    parser.add_argument("--form", choices=FORMS, default="default", help="of the SEA layers")
     parser.add_argument("--heads", type=int, nargs="*", default=[32, 12], help="of the layer; none skips the layer")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024 * 2**i for i in range(7)], help="of the layer")
     parser.add_argument("--operations", nargs="*", choices=OPERATIONS, default=OPERATIONS[:2])
@@ -305,7 +313,7 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*does not have many workers")
     torch.manual_seed(0)
-    report = {**report_head(), "gradient_checks": checked_gradients(), "rows": []}
+    report = {**report_head(), "form": options.form, "gradient_checks": checked_gradients(options.form), "rows": []}
     print(json.dumps(report), flush=True)
 
     def add(rows: Iterator[dict[str, Any]]) -> None:
@@ -317,9 +325,10 @@ def main(arguments: list[str] | None = None) -> None:
     for heads in options.heads:
         attempt = UntilMemoryEnds()
         for seq_len in options.lengths:
-            add(layer_rows(heads, seq_len, [*options.methods, *options.operations], attempt))
+            add(layer_rows(heads, seq_len, options.form, [*options.methods, *options.operations], attempt))
     if options.model_lengths:
-        add(model_rows(options.model_lengths, options.methods, gradient_checkpointing=options.gradient_checkpointing))
+        checkpointing = options.gradient_checkpointing
+        add(model_rows(options.model_lengths, options.form, options.methods, gradient_checkpointing=checkpointing))
     print(table(report["rows"]))
 
 

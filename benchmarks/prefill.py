@@ -10,10 +10,12 @@ logits are checked against the dense model's.
 
 import argparse
 import copy
+import itertools
 import json
 from pathlib import Path
 
 import torch
+from attention_forward import FORMS
 from attention_methods import FUSED
 from measure import ROOT, report_head, time_and_memory, write_report
 from torch import Tensor
@@ -70,15 +72,15 @@ def error_ratio(model: LlamaForCausalLM) -> float:
     return round(float((sea - exact).norm() / (dense - exact).norm()), 3)
 
 
-def rows(model: LlamaForCausalLM, seq_len: int, strides: list[int]) -> list[dict]:
+def rows(model: LlamaForCausalLM, seq_len: int, forms: list[str], strides: list[int]) -> list[dict]:
     """One row per method at one length."""
     tokens = random_tokens(model, seq_len)
     with sdpa_kernel([FUSED["cudnn"], FUSED["flash"]], set_priority=True):  # cuDNN where it can: it is the faster one
         found = [{"method": "sdpa", **time_and_memory(lambda: last_logits(model, tokens))}]
-    for stride in strides:
-        config = SEAConfig(query_stride=stride)
+    for form, stride in itertools.product(forms, strides):
+        config = SEAConfig(query_stride=stride, **FORMS[form])
         convert(model, config)
-        row = {"method": "sea", "k": config.k, "query_stride": stride}
+        row = {"method": "sea", "form": form, "k": config.k, "query_stride": stride}
         found.append(row | time_and_memory(lambda: last_logits(model, tokens)))
         revert(model)
     for row in found:
@@ -93,6 +95,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/prefill.json")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536])
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of SEA")
     parser.add_argument("--strides", type=int, nargs="+", default=[1, 4], help="values of query_stride")
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -103,7 +106,7 @@ def main() -> None:
         if facts["error_ratio"] > MAX_ERROR_RATIO:
             raise SystemExit(f"{facts}: SEA that keeps everything does not give the dense model's logits")
         for seq_len in args.lengths:
-            for row in rows(model, seq_len, args.strides):
+            for row in rows(model, seq_len, args.forms, args.strides):
                 report["rows"].append(facts | row)
                 print(json.dumps(report["rows"][-1]), flush=True)
             write_report(report, args.output)

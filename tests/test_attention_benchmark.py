@@ -13,6 +13,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lightning_sea.attention import SEAAttention
+from lightning_sea.config import SEAConfig
+
 
 @pytest.fixture
 def model_dir(tmp_path):
@@ -30,7 +33,7 @@ def no_gpu(monkeypatch):
     blocks = attention_methods._window_blocks
     monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
     monkeypatch.setattr(nn.Module, "cuda", lambda self: self)
-    monkeypatch.setattr(attention_methods, "FUSED", {"flash": SDPBackend.MATH})
+    monkeypatch.setattr(attention_methods, "FUSED", {"cudnn": SDPBackend.MATH})
     monkeypatch.setattr(attention_methods, "_compiled_flex_attention", lambda: attention_methods.flex_attention)
     monkeypatch.setattr(attention_methods, "_window_blocks", lambda *sizes: blocks(*sizes[:2], "cpu", sizes[3]))
     monkeypatch.setattr(attention_forward, "FUSED", attention_methods.FUSED)
@@ -53,22 +56,34 @@ def test_every_method_has_a_row_at_every_length(no_gpu, model_dir, tmp_path, mon
     words = f"x --heads 3 --lengths 128 256 --output {output} --model {model_dir} --text {text}"
     monkeypatch.setattr("sys.argv", words.split())
     monkeypatch.setattr(recorded, "BLOCK", 100)
+    monkeypatch.setattr(attention_forward, "BUDGETS_LENGTH", 256)
     attention_forward.main()
     rows = json.loads(output.read_text())["rows"]
     causal = [row for row in rows if row["causal"]]
-    forms = len(attention_forward.FORMS)
     assert [row["method"] for row in causal if row["seq_len"] == 256] == [
         "sdpa",
-        *(["sea"] * forms + ["sea_paper"]) * 2,
+        *["sea", "sea", "sea", "sea", "sea_paper"] * 2,
         "eager",
         "flex_window",
     ]
     assert {row["inputs"] for row in causal} == {"recorded"}
     assert {row["inputs"] for row in rows if not row["causal"]} == {"synthetic"}
     assert all(row["sdpa_ratio"] == 1.0 for row in rows)
-    assert {(row["k"], row["query_stride"]) for row in causal if row["method"] == "sea"} == {
-        (k, stride) for k in (512, 256, 64) for stride in (1, 4)
+    assert {(row["k"], row["query_stride"], row["head_budgets"]) for row in causal if row["method"] == "sea"} == {
+        (k, stride, shared) for k in (512, 64) for stride in (1, 4) for shared in (False, True)
     }
+
+
+def test_heads_get_budgets_from_the_text_and_keep_no_more_keys_together(no_gpu, model_dir, tmp_path, monkeypatch):
+    text = tmp_path / "text"
+    text.write_text(" ".join(WORDS[3:] * 12))
+    monkeypatch.setattr(attention_forward, "BUDGETS_LENGTH", 256)
+    source = recorded.Recorded(str(model_dir), text, heads=4)
+    layer = SEAAttention(SEAConfig(k=32), num_heads=4, num_kv_heads=4, head_dim=64, causal=True).bfloat16()
+    share = attention_forward.shares(layer, source)
+    assert share.shape == (4,)
+    assert len(set(share.tolist())) > 1
+    assert share.mean() <= 1.1
 
 
 def test_recorded_inputs_are_those_of_the_layers_block_by_block(no_gpu, model_dir, tmp_path, monkeypatch):

@@ -144,10 +144,12 @@ def test_rows_of_a_layer(fake_device, monkeypatch):
         return {"ms": ms, "peak_mib": 10 * ms}
 
     monkeypatch.setattr(step, "measured", measured)
-    monkeypatch.setattr(step, "layer_inputs", lambda heads, seq_len: small_layer(seq_len, heads, heads, torch.float32))
+    monkeypatch.setattr(
+        step, "layer_inputs", lambda heads, seq_len, form: small_layer(seq_len, heads, heads, torch.float32)
+    )
     attempt = step.UntilMemoryEnds()
     methods = ["sea", "sea_dense", "sdpa", "sparse_attention"]
-    rows = {row["method"]: row for row in step.layer_rows(2, 20, methods, attempt)}
+    rows = {row["method"]: row for row in step.layer_rows(2, 20, "default", methods, attempt)}
     assert list(rows) == methods
     common = {"model": "layer", "heads": 2, "seq_len": 20}
     assert rows["sea"] == {"method": "sea", **common, "ms": 8.0, "peak_mib": 80.0, "sdpa_ratio": 0.25}
@@ -166,7 +168,9 @@ def test_rows_of_a_model(fake_device, monkeypatch, gradient_checkpointing):
     original = dense.estimation_losses
     monkeypatch.setattr(dense, "estimation_losses", lambda *arguments: used.append(1) or original(*arguments))
     rows = []
-    for row in step.model_rows([12, 17], ["sea", "sea_dense", "sdpa"], gradient_checkpointing=gradient_checkpointing):
+    for row in step.model_rows(
+        [12, 17], "two_looks", ["sea", "sea_dense", "sdpa"], gradient_checkpointing=gradient_checkpointing
+    ):
         row["dense_losses"] = len(used)
         rows.append(row)
         used.clear()
@@ -208,17 +212,29 @@ def test_the_report_is_written_row_by_row(monkeypatch, tmp_path):
     class Killed(Exception):
         pass
 
-    def rows(heads, seq_len, methods, attempt):
+    def rows(heads, seq_len, form, methods, attempt):
+        assert form == "two_looks"
         assert methods == ["sea", "sparse_attention"]
         if seq_len == 2048:
             raise Killed
         yield {"method": "sea", "model": "layer", "heads": heads, "seq_len": seq_len, "ms": 1.0, "peak_mib": 2.0}
 
     monkeypatch.setattr(step, "report_head", lambda: {"device": "some"})
-    monkeypatch.setattr(step, "checked_gradients", dict)
+    monkeypatch.setattr(step, "checked_gradients", lambda form: {})
     monkeypatch.setattr(step, "layer_rows", rows)
     output = tmp_path / "folder" / "step.json"
-    arguments = ["--output", str(output), "--heads", "4", "--methods", "sea", "--operations", "sparse_attention"]
+    arguments = [
+        "--output",
+        str(output),
+        "--form",
+        "two_looks",
+        "--heads",
+        "4",
+        "--methods",
+        "sea",
+        "--operations",
+        "sparse_attention",
+    ]
     with pytest.raises(Killed):
         step.main([*arguments, "--lengths", "1024", "2048"])
     report = json.loads(output.read_text())
