@@ -250,3 +250,27 @@ def test_methods_share_teacher_and_batches_and_seeds_do_not(classification_optio
     list(glue.run("sst2_2", settings | {"seed": 2, "methods": {}}, classification_options))
     assert batches[8:] != batches[:2]
     assert not torch.equal(heads[4], heads[0])
+
+
+def test_rows_of_several_k_stand_in_a_file_of_their_own(tmp_path):
+    rows = [
+        {"run": "sea", "k": 64, "steps": 5, "value": 1.0},
+        {"run": "sea", "k": 32, "steps": 5, "value": 2.0},
+        {"run": "sea", "k": 32, "steps": 0, "value": 3.0},
+        {"run": "window", "k": 64, "steps": 5, "value": 4.0},
+    ]
+    output = tmp_path / "lm_perplexity.json"
+    tables.write_report(output, {"commit": "some", "rows": rows[3:]})
+    lm_perplexity.write_dynamic_k(output)
+    assert not (tmp_path / "dynamic_k.json").exists()
+    tables.write_report(output, {"commit": "some", "rows": rows})
+    lm_perplexity.write_dynamic_k(output)
+    assert json.loads((tmp_path / "dynamic_k.json").read_text()) == {"commit": "some", "rows": rows[:2]}
+
+
+def test_the_committed_rows_of_several_k_are_those_of_the_language_models(tmp_path):
+    committed = tables.ROOT / "benchmarks" / "results"
+    output = tmp_path / "lm_perplexity.json"
+    output.write_text((committed / "lm_perplexity.json").read_text())
+    lm_perplexity.write_dynamic_k(output)
+    assert (tmp_path / "dynamic_k.json").read_text() == (committed / "dynamic_k.json").read_text()

@@ -7,18 +7,20 @@
 Every run of ``lm_perplexity.yaml`` trains one model on the same windows of text in the same order, and tests it at
 several lengths and, for SEA, at several k, without further training. ``--config ablations.yaml`` (in this folder)
 does the same with SEA's parts taken out one by one. ``--split validation`` tests on the text that settings were chosen
-by, for choosing more of them.
+by, for choosing more of them. Rows of models that were tested at several k go to ``dynamic_k.json`` as well, beside the
+output.
 """
 
 import argparse
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from lightning.pytorch import seed_everything
-from tables import Row, main, parser
+from tables import Row, main, parser, write_report
 from torch.utils.data import DataLoader
 from trainers import device, sparsity, trainer
 
@@ -154,9 +156,22 @@ def run(name: str, settings: dict, options: argparse.Namespace) -> Iterator[Row]
         yield from (trained | row for row in tests.run(settings["tests"]))
 
 
+def write_dynamic_k(output: Path) -> None:
+    """Table 3 by itself: rows after training of every run that ``output`` has at several k, under the same head."""
+    report = json.loads(output.read_text())
+    trained = [row for row in report["rows"] if row["steps"]]
+    tested = {run: {row["k"] for row in trained if row["run"] == run} for run in {row["run"] for row in trained}}
+    rows = [row for row in trained if len(tested[row["run"]]) > 1]
+    if rows:
+        write_report(output.with_name("dynamic_k.json"), report | {"rows": rows})
+
+
 if __name__ == "__main__":
     command = parser(__doc__, "lm_perplexity.yaml")
     command.add_argument("--model", required=True, help="transformers directory of SmolLM2-135M")
     command.add_argument("--text", type=Path, required=True, help="folder that prepare.py wrote")
     command.add_argument("--split", choices=("validation", "test"), default="test")
-    main(command.parse_args(), run)
+    options = command.parse_args()
+    main(options, run)
+    if not options.worker:
+        write_dynamic_k(options.output)

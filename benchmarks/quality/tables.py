@@ -121,14 +121,20 @@ def merge_parts(output: Path, name: str = "*") -> None:
 
 
 def write_results(path: Path, rows: list[Row]) -> None:
-    """A result file: where the rows come from, and the rows, one a line."""
+    """A result file of this process: where the rows come from, and the rows."""
     head = {
         "device": device_name(),
         "versions": versions(),
         "commit": commit(),
         "command": " ".join(["python", *sys.argv]),
     }
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+    write_report(path, head | {"rows": rows})
+
+
+def write_report(path: Path, report: dict[str, Any]) -> None:
+    """Write a result file anew, its rows one a line: whole or not at all, whenever the process ends."""
+    head = {name: value for name, value in report.items() if name != "rows"}
+    lines = ",\n".join(f"  {json.dumps(row)}" for row in report["rows"])
     new = path.with_suffix(".new")
     new.write_text(f'{json.dumps(head, indent=1)[:-2]},\n "rows": [\n{lines}\n ]\n}}\n')
-    new.replace(path)  # whole or not at all, whenever the process ends
+    new.replace(path)
