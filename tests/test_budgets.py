@@ -144,3 +144,14 @@ def test_training_begins_with_calibrated_budgets_and_a_resumed_one_keeps_them(tm
     trainer.save_checkpoint(tmp_path / "with_budgets.ckpt")
     _, resumed = fit(2, ckpt_path=tmp_path / "with_budgets.ckpt")
     assert resumed.tolist() == [[0.5, 1.5]] * 2
+
+
+@pytest.mark.parametrize("changes", [{"attention": "dense"}, {"sea": SEAConfig(method="window", k=8)}])
+def test_other_methods_train_beside_the_callback_without_budgets(tmp_path, changes, caplog):
+    module = CausalLMModule(save_llama(tmp_path / "model"), **changes)
+    settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
+    trainer = Trainer(max_steps=1, callbacks=[HeadBudgetCalibration(2)], default_root_dir=tmp_path, **settings)
+    with caplog.at_level("INFO"):
+        trainer.fit(module, RandomData(causal=True, seq_len=48))
+    assert trainer.global_step == 1
+    assert "no layer of the model has budgets" in caplog.text
