@@ -4,6 +4,7 @@ from .distillation import TeacherStatistics, attention_loss, estimation_loss, ke
 from .export import count_keys, to_dense, to_flat_csr
 from .far_field import count_pooled, far_field_attention
 from .linear_attention import LinearState, linear_attention
+from .masks import HeadKeys
 from .mix_average import mix_average
 from .pooled_scores import pooled_scores
 from .pooled_selection import pooled_selection
@@ -12,6 +13,7 @@ from .select_bins import select_bins
 from .sparse_attention import sparse_attention
 
 __all__ = [
+    "HeadKeys",
     "LinearState",
     "TeacherStatistics",
     "attention_loss",

@@ -62,6 +62,9 @@ def check_mask(mask: BinMask | RunMask, query_shape: torch.Size, causal: bool) -
             "mask.bits", mask.bits, (*rows, mask.num_bins // 32), "[batch, num_heads, num_queries, num_bins / 32]"
         )
         check_choice("mask.bits.dtype", mask.bits.dtype, (torch.int32,))
+        head_keys = None if mask.budget is None else mask.budget.head_keys
+        if head_keys is not None and len(head_keys.keys) != rows[1]:
+            raise ValueError(f"mask.budget.head_keys has {len(head_keys.keys)} heads, expected {rows[1]}")
     elif isinstance(mask, RunMask):
         check_shape("mask.starts", mask.starts, (*rows, None), "[batch, num_heads, num_queries, num_runs]")
         check_choice("mask.starts.dtype", mask.starts.dtype, (torch.int32,))

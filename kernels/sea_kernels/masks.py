@@ -1,5 +1,6 @@
 """The two forms of a sparse attention mask: bits over bins, and short runs of keys. Neither grows with T x S."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,12 +10,40 @@ from .bins import Layout, bin_of
 from .spans import RowSpans
 
 
+class HeadKeys:
+    """Keys that the rows of each head keep, known to the host and to a device.
+
+    To be kept: making it lets the host wait for the device, and a CUDA graph cannot hold it.
+
+    Args:
+        keys: of every head.
+        device: whose kernels read them.
+
+    Attributes:
+        keys: the same, as a tuple.
+        tensor: the same, int32 ``[H]``.
+        order: int32 ``[H]``, the heads from the fewest keys to the most.
+    """
+
+    def __init__(self, keys: Sequence[int], device: torch.device | str) -> None:
+        self.keys = tuple(keys)
+        order = sorted(range(len(self.keys)), key=self.keys.__getitem__)
+        self.tensor, self.order = (torch.tensor(x, dtype=torch.int32, device=device) for x in (self.keys, order))
+
+
 @dataclass(frozen=True)
 class RowBudget:
-    """How many bins a row that chose alone may keep (aligned layout): ``keys`` keys, but at least the forced bins."""
+    """How many bins a row that chose alone may keep (aligned layout): ``keys`` keys, but at least the forced bins.
+
+    Attributes:
+        keys: of a row of any head, at most.
+        forced: bins that every row keeps.
+        head_keys: keys of the rows of each head, None where all have ``keys``.
+    """
 
     keys: int
     forced: int
+    head_keys: HeadKeys | None = None
 
     def most_bins(self, width: int) -> int:
         """Bins of ``width`` keys that a row keeps at most, beside those that it added when sharing an estimate."""
@@ -82,7 +111,8 @@ def group_leaders(spans: RowSpans, stride: int) -> Tensor:
 def mask_of_heads(mask: BinMask | RunMask, heads: slice) -> BinMask | RunMask:
     """The mask of some query heads."""
     if isinstance(mask, BinMask):
-        return replace(mask, bits=mask.bits[:, heads])
+        budget = mask.budget and replace(mask.budget, head_keys=None)  # the most keys of all heads remain a bound
+        return replace(mask, bits=mask.bits[:, heads], budget=budget)
     return replace(mask, starts=mask.starts[:, heads])
 
 

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sea_kernels import HeadKeys
+
 
 class HeadBudgets(nn.Module):
     """Shares of a layer's heads in the budget of k keys: a head's rows keep ``share * k`` keys.
@@ -21,19 +23,19 @@ class HeadBudgets(nn.Module):
         super().__init__()
         self.register_buffer("share", torch.ones(num_heads))
         # What ``keys`` found for which k. Reading shares makes the host wait for the device: once, not in every step.
-        self._found: tuple[int, int, Tensor | None] | None = None
+        self._found: tuple[int, int, HeadKeys | None] | None = None
 
     def assign(self, share: Tensor) -> None:
         """Take over shares, ``[H]``."""
         self.share.copy_(share)
         self._found = None
 
-    def keys(self, k: int) -> tuple[int, Tensor | None]:
-        """The most keys of a row, and those of every head: int32 ``[H]``, or None where all heads have ``k``."""
+    def keys(self, k: int) -> tuple[int, HeadKeys | None]:
+        """The most keys of a row, and those of every head, or None where all heads have ``k``."""
         if self._found is None or self._found[0] != k:
             keys = [max(1, int(k * share + 0.5)) for share in self.share.tolist()]
             equal = all(own == k for own in keys)
-            head_k = None if equal else torch.tensor(keys, dtype=torch.int32, device=self.share.device)
+            head_k = None if equal else HeadKeys(keys, self.share.device)
             self._found = k, max(keys), head_k
         return self._found[1:]
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sea_kernels import pooled_scores, pooled_selection, select_bins
+from sea_kernels import HeadKeys, pooled_scores, pooled_selection, select_bins
 from sea_kernels.masks import unpack_bits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -52,14 +52,13 @@ def test_smallest_and_largest_budget(random_qkv, k):
 @pytest.mark.parametrize("stride", [1, 4])
 def test_heads_with_budgets_of_their_own(random_qkv, stride):
     query, key, _ = (x.float() for x in random_qkv(batch=1, queries=150, width=8))
-    head_k = torch.tensor([1, 6, 13, 40], dtype=torch.int32, device=DEVICE)
-    assert_same(query, key, k=40, head_k=head_k, stride=stride)
+    assert_same(query, key, k=40, head_k=HeadKeys((1, 6, 13, 40), DEVICE), stride=stride)
 
 
 def test_each_head_keeps_what_it_would_keep_with_its_budget_alone(random_qkv):
     query, key, _ = random_qkv(batch=2, queries=90, width=5)
     options = {"num_bins": 32, "causal": True, "scaling": 0.3, "mean_weight": torch.ones(4)}
-    mask = pooled_selection(query, key, k=30, head_k=torch.tensor([3, 30, 9, 17], dtype=torch.int32), **options)
+    mask = pooled_selection(query, key, k=30, head_k=HeadKeys((3, 30, 9, 17), "cpu"), **options)
     assert mask.budget.keys == 30
     for head, k in enumerate((3, 30, 9, 17)):
         alone = pooled_selection(query, key, k=k, **options).bits
@@ -115,9 +114,21 @@ def test_stride_must_divide_the_bins(random_qkv):
     query, key, _ = random_qkv()
     with pytest.raises(ValueError, match="stride is 3, expected a divisor of num_bins 32"):
         pooled_selection(query, key, k=4, num_bins=32, causal=True, scaling=1.0, mean_weight=torch.ones(4), stride=3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ((1, 4, 5, 2), r"head_k is \(1, 4, 5, 2\), expected from 1 to k = 4"),
+        ((0, 4, 3, 2), r"head_k is \(0, 4, 3, 2\), expected from 1 to k = 4"),
+        ((4, 4), r"head_k has shape \(2,\), expected \[num_heads\] = \(4,\)"),
+    ],
+)
+def test_budgets_of_heads_are_checked(random_qkv, keys, message):
+    query, key, _ = random_qkv()
     options = {"num_bins": 32, "causal": True, "scaling": 1.0, "mean_weight": torch.ones(4)}
-    with pytest.raises(ValueError, match=r"head_k has dtype torch\.int64, expected torch\.int32"):
-        pooled_selection(query, key, k=4, head_k=torch.ones(4, dtype=torch.int64), **options)
+    with pytest.raises(ValueError, match=message):
+        pooled_selection(query, key, k=4, head_k=HeadKeys(keys, "cpu"), **options)
 
 
 def test_own_bin_without_keeping_it_has_no_kernel(random_qkv):

@@ -1,11 +1,10 @@
 """Pooled-key scores and the selection of bins in one step, without the scores in memory."""
 
-import torch
 from torch import Tensor
 
 from ..backend import Backend, choose_backend, fits_kernels
 from ..checks import check_bins, check_qkv, check_same_device, check_shape
-from ..masks import BinMask, RowBudget
+from ..masks import BinMask, HeadKeys, RowBudget
 from ..spans import check_rows, row_spans
 
 __all__ = ["pooled_selection"]
@@ -25,7 +24,7 @@ def pooled_selection(
     keep_own: bool = True,
     attention_mask: Tensor | None = None,
     stride: int = 1,
-    head_k: Tensor | None = None,
+    head_k: HeadKeys | None = None,
     backend: Backend = "auto",
 ) -> BinMask:
     """Keep each row's best aligned bins by the scores of its pooled keys, in time and memory linear in T.
@@ -51,7 +50,7 @@ def pooled_selection(
         stride: rows that share one estimate (causal only, a divisor of K): those whose positions have the same
             quotient by it take the bits of the first of them that is in ``query``. With ``keep_own`` each also keeps
             the bins from its group's first position to its own.
-        head_k: int32 ``[H]`` from 1 to ``k``, the keys that rows of each head keep in place of ``k``; None for ``k``.
+        head_k: the keys, from 1 to ``k``, that rows of each head keep in place of ``k``; None for ``k``.
         backend: "auto", "reference" or "triton".
 
     Returns:
@@ -65,13 +64,15 @@ def pooled_selection(
     check_qkv(query, key)
     check_bins(num_bins)
     batch, heads, num_queries, _ = query.shape
-    of_heads = {"mean_weight": mean_weight, "bound_weight": bound_weight, "head_k": head_k}
+    of_heads = {"mean_weight": mean_weight, "bound_weight": bound_weight}
+    if head_k is not None:
+        of_heads["head_k"] = head_k.tensor
+        if not 1 <= min(head_k.keys) <= max(head_k.keys) <= k:
+            raise ValueError(f"head_k is {head_k.keys}, expected from 1 to k = {k}")
     for name, values in of_heads.items():
         if values is not None:
             check_shape(name, values, (heads,), "[num_heads]")
     check_same_device(query=query, attention_mask=attention_mask, **of_heads)
-    if head_k is not None and head_k.dtype != torch.int32:
-        raise ValueError(f"head_k has dtype {head_k.dtype}, expected torch.int32")
     if k < 1:
         raise ValueError(f"k is {k}, expected at least 1")
     if stride < 1 or num_bins % stride or (stride > 1 and not causal):
@@ -94,4 +95,4 @@ def pooled_selection(
         bits = reference.pooled_selection(
             query.detach(), key.detach(), spans=spans, attention_mask=attention_mask, **options
         )
-    return BinMask(bits, num_bins, "aligned", budget=RowBudget(k, keep_first + keep_own))
+    return BinMask(bits, num_bins, "aligned", budget=RowBudget(k, keep_first + keep_own, head_k))

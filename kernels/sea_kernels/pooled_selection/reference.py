@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..chunks import working_dtype
-from ..masks import share_bins
+from ..masks import HeadKeys, share_bins
 from ..pooled_scores import pooled_scores
 from ..select_bins import select_bins
 from ..spans import RowSpans
@@ -26,7 +26,7 @@ def pooled_selection(
     keep_own: bool,
     attention_mask: Tensor | None,
     stride: int,
-    head_k: Tensor | None,
+    head_k: HeadKeys | None,
     spans: RowSpans,
 ) -> Tensor:
     """See :func:`sea_kernels.pooled_selection`; returns the packed bits."""
@@ -43,7 +43,7 @@ def pooled_selection(
     if head_k is None:
         mask = select_bins(scores, k=k, backend="reference", **options)
     else:
-        alone = zip(scores.split(1, 1), head_k.tolist(), strict=True)
+        alone = zip(scores.split(1, 1), head_k.keys, strict=True)
         parts = [select_bins(part, k=own, backend="reference", **options) for part, own in alone]
         mask = replace(parts[0], bits=torch.cat([part.bits for part in parts], 1))
     return mask.bits if stride == 1 else share_bins(mask, spans, stride, keep_own=keep_own).bits

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..masks import HeadKeys
 from ..triton_common import (
     aligned_level,
     cdiv,
@@ -41,7 +42,7 @@ def pooled_selection(
     keep_own: bool,
     attention_mask: Tensor | None,
     stride: int,
-    head_k: Tensor | None,
+    head_k: HeadKeys | None,
 ) -> Tensor:
     """See :func:`sea_kernels.pooled_selection`; returns the packed bits."""
     batch, heads, num_queries, head_dim = query.shape
@@ -61,7 +62,7 @@ def pooled_selection(
             pooled,
             bits.view(torch.int16),
             spans,
-            None if head_k is None else head_k.contiguous(),
+            None if head_k is None else head_k.tensor,
             *query.stride()[:3],
             num_queries,
             num_keys,

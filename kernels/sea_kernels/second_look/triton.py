@@ -6,8 +6,6 @@ once per bin.) Then it reads them back into registers, finds each row's threshol
 starts in ascending order.
 """
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +13,6 @@ from torch import Tensor
 
 from ..masks import BinMask
 from ..triton_common import (
-    cdiv,
-    count_levels,
     group_rows,
     item_span,
     item_spans,
@@ -25,14 +21,14 @@ from ..triton_common import (
     row_span,
     with_dense_rows,
 )
-from ..triton_entries import BLOCK_ROWS, EntryLists
+from ..triton_entries import BLOCK_ROWS
 from ..triton_pooling import pool_runs
 from ..triton_ranking import threshold, tie_cut
+from .triton_launches import plan_launches
 
 TILE_RUNS = 32  # runs scored at a time
 SLOTS_PER_WARP = 128  # candidates of a row that one warp holds in registers
 MAX_WARPS = 32
-FEW_BLOCKS = 32  # fewer of them join the next launch: launching costs more than the slots that they do not need
 
 
 def second_look(
@@ -61,11 +57,11 @@ def second_look(
         starts.fill_(-1)  # with a stride, no program visits rows of padding
     with on_device(query):
         pooled = pool_runs(key, heads, width, spans, scaling, mean_weight, bound_weight)
-        lists = EntryLists(coarse, num_keys, causal, spans, unit=width, stride=stride)
-        # Per row: a score per candidate, the rank of each entry among the row's own, the first run of each rank.
-        for first_block, num_blocks, slots in _launches(lists, coarse, num_queries, width):
-            entries = lists.build(first_block, num_blocks)
-            grid = (num_blocks, batch * heads)
+        for launch in plan_launches(coarse, num_keys, causal, spans, width=width, stride=stride):
+            lists, slots = launch.lists, launch.slots
+            entries = lists.build(launch.first_block, launch.num_blocks)
+            grid = (launch.num_blocks, batch * lists.heads)
+            # Per row: a score per candidate, the rank of each entry among the row's own, the first run of each rank.
             sizes = {torch.float32: slots, torch.int16: lists.capacity, torch.int32: slots}
             scratch = [query.new_empty(*grid, size, BLOCK_ROWS, dtype=dtype) for dtype, size in sizes.items()]
             _second_look_kernel[grid](
@@ -76,11 +72,14 @@ def second_look(
                 *scratch,
                 starts,
                 spans,
+                launch.order,
                 *query.stride()[:3],
                 heads,
+                lists.heads,
+                launch.first_head,
                 num_queries,
                 num_keys,
-                first_block,
+                launch.first_block,
                 window // width,
                 stride,
                 pooled.shape[2],
@@ -110,42 +109,6 @@ def second_look(
     return starts
 
 
-def _launches(lists: EntryLists, coarse: BinMask, num_queries: int, width: int) -> list[tuple[int, int, int]]:
-    """(first block, number of blocks, slots) of every launch; rows of one bin width need equally many slots."""
-    num_bins, num_keys, stride = coarse.num_bins, lists.num_keys, lists.stride
-    levels = count_levels(num_keys, num_bins)
-    bounds = [_most_candidates(coarse, 1 << level, width, num_keys) for level in range(levels)]
-    if lists.spans is not None or not lists.causal:  # any row may be short
-        edges = {0}
-    else:
-        cached = num_keys - num_queries
-        rows = [max(0, (num_bins << level) - cached) for level in range(levels - 1)]
-        edges = {0} | {row // (stride * BLOCK_ROWS) for row in rows if row < num_queries}
-    blocks = cdiv(lists.num_groups, BLOCK_ROWS)
-    launches = []
-    for first, last in itertools.pairwise([*sorted(edges), blocks]):
-        longest = min(num_keys, num_keys - num_queries + last * stride * BLOCK_ROWS)
-        shortest = num_keys - num_queries + max(0, first * BLOCK_ROWS - 1) * stride + 1 if first else 1
-        wanted = max(bounds[count_levels(shortest, num_bins) - 1 : count_levels(longest, num_bins)])
-        slots = max(16, next_power_of_2(wanted))
-        if launches and (launches[-1][2] == slots or launches[-1][1] < FEW_BLOCKS):
-            launches[-1] = (launches[-1][0], last - launches[-1][0], max(slots, launches[-1][2]))
-        else:
-            launches.append((first, last - first, slots))
-    return [
-        (first + begin, size, slots)
-        for first, count, slots in launches
-        for begin, size in lists.split(count, BLOCK_ROWS * (8 * slots + 2 * lists.capacity))
-    ]
-
-
-def _most_candidates(coarse: BinMask, bin_width: int, width: int, num_keys: int) -> int:
-    """Runs that a row with bins of ``bin_width`` keys can choose from, at most."""
-    most = coarse.num_bins if coarse.budget is None else min(coarse.num_bins, coarse.budget.most_bins(bin_width))
-    per_bin = max(1, bin_width // width)
-    return min(most * per_bin, cdiv(min(num_keys, coarse.num_bins * bin_width), width))
-
-
 @triton.jit
 def _candidate_limit(position, length, window_runs, WIDTH: tl.constexpr, CAUSAL: tl.constexpr):
     """Runs from this one on are no candidates: they reach into the row's window or its own run, or hold no key."""
@@ -155,7 +118,18 @@ def _candidate_limit(position, length, window_runs, WIDTH: tl.constexpr, CAUSAL:
         return (length + WIDTH - 1) // WIDTH
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "window_runs", "stride", "num_runs"])
+@triton.jit(
+    do_not_specialize=[
+        "own_heads",
+        "first_head",
+        "num_queries",
+        "num_keys",
+        "first_block",
+        "window_runs",
+        "stride",
+        "num_runs",
+    ]
+)
 def _second_look_kernel(
     Q,
     POOLED,
@@ -166,10 +140,13 @@ def _second_look_kernel(
     BEGINS,
     STARTS,
     SPANS,
+    ORDER,
     q_item,
     q_head,
     q_row,
     heads,
+    own_heads,
+    first_head,
     num_queries,
     num_keys,
     first_block,
@@ -194,8 +171,12 @@ def _second_look_kernel(
     HAS_STRIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    item, head = item_head // heads, item_head % heads
+    # The heads of a launch, of every item: those that lie side by side in ORDER, or all of them.
+    block, index = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    item, head = index // own_heads, index % own_heads
+    if ORDER is not None:
+        head = tl.load(ORDER + first_head + head).to(tl.int64)
+    item_head = item * heads + head
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
     offset = num_keys - num_queries - first
     o_row = tl.arange(0, ROWS)
@@ -205,7 +186,7 @@ def _second_look_kernel(
         leader, rows = group_rows(rows, offset, stride)
     position, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
     limit = _candidate_limit(position, length, window_runs, WIDTH, CAUSAL)
-    place = item_head * tl.num_programs(0) + block
+    place = index * tl.num_programs(0) + block
 
     # Each row counts its entries: the rank of every entry (-1 where the row drops it), the first run of every rank.
     ENTRIES += place * CAPACITY
