@@ -5,11 +5,13 @@ import torch
 
 from lightning_sea.attention import SEAAttention
 from lightning_sea.config import SEAConfig
+from sea_kernels.second_look import triton_launches
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 HEADS, GROUPS, HEAD_DIM = 4, 2, 64
 BIDIRECTIONAL = {"predictor_length": 128}
+TWO_LOOKS = {"k": 64, "first_look_ratio": 8, "second_look_width": 4}
 
 
 def random_inputs(seq_len, seed):
@@ -25,12 +27,26 @@ def random_inputs(seq_len, seed):
     [({}, True), ({"average_context": "mean"}, True), ({"query_stride": 4}, True), (BIDIRECTIONAL, False)],
 )
 @pytest.mark.parametrize("seq_len", [63, 1111])
-@torch.inference_mode()
 def test_replay_on_new_inputs_gives_what_a_call_gives(changes, causal, seq_len):
+    check_replay(new_layer(changes, causal), seq_len)
+
+
+@pytest.mark.parametrize("changes", [{}, TWO_LOOKS, {**TWO_LOOKS, "query_stride": 4}])
+def test_heads_with_budgets_of_their_own(changes, monkeypatch):
+    monkeypatch.setattr(triton_launches, "FEW_PROGRAMS", 1)  # classes of heads although the input is small
+    layer = new_layer(changes, causal=True)
+    layer.budgets.assign(torch.tensor([4.0, 0.125, 0.5, 1.0]))
+    check_replay(layer, 1111)
+
+
+def new_layer(changes, causal):
     torch.manual_seed(0)
     sizes = {"num_heads": HEADS, "num_kv_heads": GROUPS, "head_dim": HEAD_DIM}
-    layer = SEAAttention(SEAConfig(**changes), **sizes, causal=causal).cuda().bfloat16().eval()
+    return SEAAttention(SEAConfig(**changes), **sizes, causal=causal).cuda().bfloat16().eval()
 
+
+@torch.inference_mode()
+def check_replay(layer, seq_len):
     def forward(query, key, value):
         return layer(query, key, value, scaling=HEAD_DIM**-0.5, with_scores=False)[0]
 
