@@ -78,9 +78,10 @@ class EntryLists:
         return self.split(cdiv(self.num_groups, BLOCK_ROWS))
 
     def split(self, blocks: int, bytes_per_block: int = 0) -> list[tuple[int, int]]:
-        """The first ``blocks`` blocks in launches, if a block takes ``bytes_per_block`` beside its list."""
+        """The first ``blocks`` blocks in launches of one size, if a block takes ``bytes_per_block`` beside its list."""
         bytes_per_block += 8 * self.capacity
-        per_launch = max(1, LIST_BYTES // (bytes_per_block * self.batch * self.heads))
+        most = max(1, LIST_BYTES // (bytes_per_block * self.batch * self.heads))
+        per_launch = max(1, cdiv(blocks, max(1, cdiv(blocks, most))))
         return [(first, min(per_launch, blocks - first)) for first in range(0, blocks, per_launch)]
 
     def build(self, first_block: int, num_blocks: int) -> Entries:
