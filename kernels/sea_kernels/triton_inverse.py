@@ -108,6 +108,13 @@ def _count_bits(bits):
 
 
 @triton.jit
+def _count_and_level(META, list_, WIDE: tl.constexpr):
+    """Number of entries of a list, and log2 of their keys."""
+    META += list_ * (3 if WIDE else 2)
+    return tl.load(META), tl.load(META + 1)
+
+
+@triton.jit
 def _unit_of(entry, level, WIDE: tl.constexpr):
     """Index of an entry's unit among those of its level."""
     return (entry if WIDE else entry >> 16) >> level
@@ -142,7 +149,7 @@ def _count_kernel(
 ):
     block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     list_ = item_head * num_blocks + block
-    count, level = tl.load(META + list_ * 2), tl.load(META + list_ * 2 + 1)
+    count, level = _count_and_level(META, list_, WIDE)
     place = (item_head * levels + (level - first_level)) * units
     chunk = (first_block + block) // chunk_blocks
     for offset in range(0, count, TILE):
@@ -192,7 +199,7 @@ def _fill_kernel(
     end = tl.minimum((chunk + 1) * chunk_blocks - first_block, num_blocks)
     for block in range(begin, end):
         list_ = item_head * num_blocks + block
-        count, level = tl.load(META + list_ * 2), tl.load(META + list_ * 2 + 1)
+        count, level = _count_and_level(META, list_, WIDE)
         place = (item_head * levels + (level - first_level)) * units
         p_entry = ENTRIES + list_ * capacity
         for offset in range(0, count, TILE):

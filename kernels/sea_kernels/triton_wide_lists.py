@@ -12,8 +12,8 @@ from .masks import BinMask
 from .triton_common import aligned_level, cdiv, count_levels, item_span, next_power_of_2, row_span
 from .triton_entries import LIST_BYTES, Entries, join_rows
 
-TILE = 32  # keys at a time: their bins of any width lie in one word of a row's bits
-TILE_LEVEL = 5  # log2 of them
+TILE_LEVEL = 5  # log2 of the keys at a time: 32, since the bins of 32 keys lie in one word of a row's bits
+TILE = 1 << TILE_LEVEL
 SPREAD = 8  # entries that a block has beside those of its rows' K bins, of which the widest may be two entries each
 MOST_ROWS, MOST_BYTES = 64, 8192  # of a block of rows
 BACKWARD_BYTES = 16384  # of a block in the backward pass, in half precision
@@ -34,7 +34,9 @@ class WideLists:
     """Sizes of the lists of a mask of aligned bins, and the launches that fill them.
 
     The lists come as :class:`Entries` whose ``packed``, int32, holds an entry's first key, a multiple of 32, plus log2
-    of the keys of the bin.
+    of the keys of the bin, and whose ``meta``, int32 ``[N * H, blocks, 3]``, adds a number to theirs: how many entries,
+    from the first on, are bins that the block's rows see whole. It is 0 in blocks whose rows' bins have several widths,
+    or are smaller than an entry.
 
     Args:
         mask: aligned bins.
@@ -52,16 +54,24 @@ class WideLists:
         self.levels = count_levels(num_keys, mask.num_bins)
         self.capacity = 2 * mask.num_bins + SPREAD
 
-    def chunks(self) -> list[tuple[int, int]]:
-        """(first block, number of blocks) of every launch."""
+    def chunks(self, begin: int = 0, end: int | None = None) -> list[tuple[int, int]]:
+        """(first block, number of blocks) of every launch for the blocks ``[begin, end)``, without them for all."""
+        end = self.blocks if end is None else end
         per_launch = max(1, LIST_BYTES // (4 * self.capacity * self.batch * self.heads))
-        return [(first, min(per_launch, self.blocks - first)) for first in range(0, self.blocks, per_launch)]
+        return [(first, min(per_launch, end - first)) for first in range(begin, end, per_launch)]
+
+    def first_wide_block(self, level: int) -> int:
+        """Block from which on all bins are known to have at least ``2^level`` keys, the number of blocks if none is."""
+        narrow = self.num_bins << (level - 1)  # keys of the longest row with smaller bins
+        if self.spans is not None or self.num_keys <= narrow:
+            return self.blocks
+        return cdiv(max(0, narrow - (self.num_keys - self.num_queries)), self.rows) if self.causal else 0
 
     def build(self, first_block: int, num_blocks: int) -> Entries:
         """The lists of some blocks."""
         grid = (num_blocks, self.batch * self.heads)
         entries = self.bits.new_empty(grid[1], num_blocks, self.capacity)
-        meta = self.bits.new_empty(grid[1], num_blocks, 2)
+        meta = self.bits.new_empty(grid[1], num_blocks, 3)
         _list_kernel[grid](
             self.bits,
             entries,
@@ -107,21 +117,21 @@ def _list_kernel(
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
 ):
-    """Entries: first key, a multiple of 32, plus log2 of the bin. Meta: how many, and log2 of their keys."""
+    """Entries: first key, a multiple of 32, plus log2 of the bin. Meta: how many, log2 of their keys, how many whole."""
     block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, real = item_span(SPANS, item_head // heads, num_keys, HAS_PADDING)
     rows = (first_block + block) * ROWS + tl.arange(0, ROWS)
     _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
     level = aligned_level(length, num_levels, NUM_BINS)
-    longest = tl.max(length)
-    low = tl.min(tl.where(length > 0, level, 31))
+    longest, shortest = tl.max(length), tl.min(tl.where(length > 0, length, 2147483647))
+    low, high = tl.min(tl.where(length > 0, level, 31)), tl.max(level)
     unit = tl.maximum(low, 5)  # log2 of an entry's keys: a tile, or a bin if that is wider
     place = item_head * tl.num_programs(0) + block
     WORDS: tl.constexpr = NUM_BINS // 32
     o_word, o_bin = tl.arange(0, WORDS_PADDED), tl.arange(0, WORDS_PADDED * 32)
     p_words = BITS + (item_head * num_queries + rows)[:, None] * WORDS + o_word[None, :]
-    count = 0
-    for current in range(low, tl.max(level) + 1):
+    count, whole = 0, 0
+    for current in range(low, high + 1):
         take = (length > 0) & (level == current)
         words = tl.load(p_words, mask=take[:, None] & (o_word < WORDS)[None, :], other=0)
         either = tl.reduce(words, 0, _either)
@@ -137,20 +147,31 @@ def _list_kernel(
         for part in range(0, parts):
             tl.store(ENTRIES + place * CAPACITY + target + part, start + (part << unit) + current, mask=listed)
         count += tl.sum(size, 0)
-    tl.store(META + place * 2, count)
-    tl.store(META + place * 2 + 1, unit)
+        whole += tl.sum((listed & (start + (1 << unit) <= shortest)).to(tl.int32), 0)
+    tl.store(META + place * 3, count)
+    tl.store(META + place * 3 + 1, unit)
+    tl.store(META + place * 3 + 2, tl.where((low == high) & (low == unit), whole, 0))
 
 
 @triton.jit
-def visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE: tl.constexpr):
-    """Keys of a tile of a block's list [TILE], and which rows keep them [ROWS, TILE].
+def keys_of_tile(ENTRIES, step, tiles, TILE_LEVEL: tl.constexpr):
+    """Keys of a tile of a block's list, and the entry, both [2^TILE_LEVEL].
 
     tiles: log2 of an entry's tiles.
     """
-    o_tile = tl.arange(0, TILE)
+    o_tile = tl.arange(0, 1 << TILE_LEVEL)
     # As a vector, since Triton prefetches no tiles whose address depends on the load of a single number.
     entry = tl.load(ENTRIES + (step >> tiles) + o_tile * 0)
-    o_key = (entry & -32) + ((step & ((1 << tiles) - 1)) << 5) + o_tile
+    return (entry & -32) + ((step & ((1 << tiles) - 1)) << TILE_LEVEL) + o_tile, entry
+
+
+@triton.jit
+def visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE_LEVEL: tl.constexpr):
+    """Keys of a tile of a block's list [TILE], and which rows keep them [ROWS, TILE].
+
+    The bins of a tile must lie in one word: those of a tile of 64 keys have at least two.
+    """
+    o_key, entry = keys_of_tile(ENTRIES, step, tiles, TILE_LEVEL)
     current = tl.max(entry & 31)
     return o_key, kept_of_tile(p_words, o_key, current, (length > 0) & (level == current), length)
 

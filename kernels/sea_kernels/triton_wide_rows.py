@@ -13,9 +13,11 @@ from torch import Tensor
 
 from .masks import BinMask
 from .triton_common import aligned_level, item_span, next_power_of_2, row_span
-from .triton_wide_lists import TILE, WideLists, rows_per_block, visit_tile
+from .triton_wide_lists import TILE_LEVEL, WideLists, keys_of_tile, rows_per_block, visit_tile
 
 LOG2E = 1.4426950408889634
+WIDE_TILE_LEVEL = 6  # log2 of the keys at a time where bins are as wide
+WIDE_TILE_BYTES = 128  # of a row of keys or values, at most: wider ones would need too much shared memory
 
 
 def attend_in_bins(
@@ -49,7 +51,7 @@ def attend_in_bins(
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
     lists = WideLists(mask, key.shape[2], causal, spans, rows_per_block(query, value))
-    for chunk in lists.chunks():
+    for chunk, tile_level in _launches(lists, max(head_dim, value_dim) * query.itemsize):
         entries = lists.build(*chunk)
         _walk_kernel[(chunk[1], batch * heads)](
             query,
@@ -76,13 +78,20 @@ def attend_in_bins(
             VALUE_DIM=value_dim,
             HEAD_PADDED=max(16, next_power_of_2(head_dim)),
             VALUE_PADDED=max(16, next_power_of_2(value_dim)),
-            TILE=TILE,
+            TILE_LEVEL=tile_level,
             CONTINUES=continues,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **lists.flags(),
             num_warps=4,
             num_stages=3,
         )
+
+
+def _launches(lists: WideLists, row_bytes: int) -> list[tuple[tuple[int, int], int]]:
+    """Chunks of the blocks, and log2 of the keys that they take at a time; ``row_bytes`` of the wider of keys, values."""
+    wide = lists.first_wide_block(WIDE_TILE_LEVEL) if row_bytes <= WIDE_TILE_BYTES else lists.blocks
+    narrow = [(chunk, TILE_LEVEL) for chunk in lists.chunks(0, wide)]
+    return narrow + [(chunk, WIDE_TILE_LEVEL) for chunk in lists.chunks(wide)]
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels", "scale"])
@@ -120,7 +129,7 @@ def _walk_kernel(
     NUM_BINS: tl.constexpr,
     CAPACITY: tl.constexpr,
     ROWS: tl.constexpr,
-    TILE: tl.constexpr,
+    TILE_LEVEL: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     CONTINUES: tl.constexpr,
@@ -132,13 +141,14 @@ def _walk_kernel(
     rows = (first_block + block) * ROWS + tl.arange(0, ROWS)
     _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
     level = aligned_level(length, num_levels, NUM_BINS)
-    m_row = rows < num_queries
-    o_dim, o_value = tl.arange(0, HEAD_PADDED), tl.arange(0, VALUE_PADDED)
-    m_dim, m_value = (o_dim < HEAD_DIM)[None, :], (o_value < VALUE_DIM)[None, :]
+    m_row, seeing = rows < num_queries, length > 0
+    m_value = (tl.arange(0, VALUE_PADDED) < VALUE_DIM)[None, :]
     row = item_head * num_queries + rows
-    p_q = Q + item * q_item + head * q_head + rows.to(tl.int64)[:, None] * q_row + o_dim[None, :]
-    b_q = tl.load(p_q, mask=m_row[:, None] & m_dim, other=0.0)  # [ROWS, HEAD]
-    p_out = OUT + row[:, None] * VALUE_DIM + o_value[None, :]
+    b_q = _load_rows(Q + item * q_item + head * q_head, rows, seeing, q_row, HEAD_DIM, HEAD_PADDED)  # [ROWS, HEAD]
+    # With a factor of at least 0 the greatest product of a row gives its greatest score.
+    b_q = tl.where(scale < 0, -b_q, b_q)
+    scale = tl.abs(scale)
+    p_out = OUT + row[:, None] * VALUE_DIM + tl.arange(0, VALUE_PADDED)[None, :]
     if CONTINUES:
         highest = tl.load(LOG_SUM + row, mask=m_row, other=-1e30)
         total = tl.where(highest > -1e29, 1.0, 0.0)
@@ -152,20 +162,40 @@ def _walk_kernel(
     V += item * v_item + (head // heads_per_group) * v_head + first.to(tl.int64) * v_row
     place = item_head * tl.num_programs(0) + block
     ENTRIES += place * CAPACITY
-    tiles = tl.load(META + place * 2 + 1) - 5  # log2 of an entry's tiles
+    unit = tl.load(META + place * 3 + 1)  # log2 of an entry's keys
+    tiles = unit - TILE_LEVEL  # log2 of its tiles
+    steps, whole = tl.load(META + place * 3) << tiles, tl.load(META + place * 3 + 2) << tiles
     p_words = BITS + row * (NUM_BINS // 32)
-    for step in range(0, tl.load(META + place * 2) << tiles):
-        o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
-        m_key = (o_key < real)[:, None]
-        b_k = tl.load(K + o_key.to(tl.int64)[:, None] * k_row + o_dim[None, :], mask=m_key & m_dim, other=0.0)
-        b_v = tl.load(V + o_key.to(tl.int64)[:, None] * v_row + o_value[None, :], mask=m_key & m_value, other=0.0)
+
+    # Tiles of one bin that all rows see whole: a row keeps all of their keys or none.
+    last = tl.maximum(whole - 1, 0)
+    word = tl.load(p_words + (tl.load(ENTRIES, mask=whole > 0, other=0) >> unit >> 5), mask=seeing, other=0)
+    next_bin = tl.load(ENTRIES + (tl.minimum(1, last) >> tiles), mask=whole > 0, other=0) >> unit
+    for step in range(0, whole):
+        # The words come one step early and their bins two, so that no step waits for either.
+        bin_ = tl.load(ENTRIES + (step >> tiles)) >> unit
+        keep = ((word >> (bin_ & 31)) & 1) != 0
+        word = tl.load(p_words + (next_bin >> 5), mask=seeing, other=0)
+        next_bin = tl.load(ENTRIES + (tl.minimum(step + 2, last) >> tiles)) >> unit
+        o_key = keys_of_tile(ENTRIES, step, tiles, TILE_LEVEL)[0]
+        b_k = _load_rows(K, o_key, None, k_row, HEAD_DIM, HEAD_PADDED)
+        b_v = _load_rows(V, o_key, None, v_row, VALUE_DIM, VALUE_PADDED)
+        products = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        new_highest = tl.where(keep, tl.maximum(highest, tl.max(products, 1) * scale), highest)
+        offset = tl.where(keep, new_highest, float("inf"))
+        weights = tl.exp2(products * scale - offset[:, None])
+        total, acc = _add_values(weights, b_v, tl.exp2(highest - new_highest), total, acc, PRECISION)
+        highest = new_highest
+
+    for step in range(whole, steps):
+        o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE_LEVEL)
+        b_k = _load_rows(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)
+        b_v = _load_rows(V, o_key, o_key < real, v_row, VALUE_DIM, VALUE_PADDED)
         scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         scores = tl.where(keep, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         weights = tl.exp2(scores - new_highest[:, None])
-        rescale = tl.exp2(highest - new_highest)
-        total = total * rescale + tl.sum(weights, 1)
-        acc = acc * rescale[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision=PRECISION)
+        total, acc = _add_values(weights, b_v, tl.exp2(highest - new_highest), total, acc, PRECISION)
         highest = new_highest
 
     empty = total == 0.0
@@ -179,3 +209,28 @@ def _walk_kernel(
     if ROW_SCALE is not None:
         factor *= tl.load(ROW_SCALE + row, mask=m_row, other=0.0).to(tl.float32)
     tl.store(p_out, (acc * factor[:, None]).to(OUT.dtype.element_ty), mask=m_row[:, None] & m_value)
+
+
+@triton.jit
+def _load_rows(BASE, o_row, m_row, stride, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Rows ``o_row`` of a matrix, all of them if there is no ``m_row``. [ROWS, PADDED]"""
+    o_dim = tl.arange(0, PADDED)
+    pointer = BASE + o_row.to(tl.int64)[:, None] * stride + o_dim[None, :]
+    if m_row is None:
+        if DIM == PADDED:
+            loaded = tl.load(pointer)
+        else:
+            loaded = tl.load(pointer, mask=(o_dim < DIM)[None, :], other=0.0)
+    elif DIM == PADDED:
+        loaded = tl.load(pointer, mask=m_row[:, None], other=0.0)
+    else:
+        loaded = tl.load(pointer, mask=m_row[:, None] & (o_dim < DIM)[None, :], other=0.0)
+    return loaded
+
+
+@triton.jit
+def _add_values(weights, b_v, rescale, total, acc, PRECISION: tl.constexpr):
+    """Sums of weights [ROWS] and of weighted values [ROWS, VALUE] with those of a tile."""
+    total = total * rescale + tl.sum(weights, 1)
+    acc = acc * rescale[:, None] + tl.dot(weights.to(b_v.dtype), b_v, input_precision=PRECISION)
+    return total, acc
