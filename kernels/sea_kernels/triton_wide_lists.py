@@ -12,8 +12,8 @@ from .masks import BinMask
 from .triton_common import aligned_level, cdiv, count_levels, item_span, next_power_of_2, row_span
 from .triton_entries import LIST_BYTES, Entries, join_rows
 
-TILE_LEVEL = 5  # log2 of the keys at a time: 32, since the bins of 32 keys lie in one word of a row's bits
-TILE = 1 << TILE_LEVEL
+TILE = 32  # keys at a time: their bins of any width lie in one word of a row's bits
+TILE_LEVEL = 5  # log2 of them
 SPREAD = 8  # entries that a block has beside those of its rows' K bins, of which the widest may be two entries each
 MOST_ROWS, MOST_BYTES = 64, 8192  # of a block of rows
 BACKWARD_BYTES = 16384  # of a block in the backward pass, in half precision
@@ -60,9 +60,12 @@ class WideLists:
         per_launch = max(1, LIST_BYTES // (4 * self.capacity * self.batch * self.heads))
         return [(first, min(per_launch, end - first)) for first in range(begin, end, per_launch)]
 
-    def first_wide_block(self, level: int) -> int:
-        """Block from which on all bins are known to have at least ``2^level`` keys, the number of blocks if none is."""
-        narrow = self.num_bins << (level - 1)  # keys of the longest row with smaller bins
+    def first_wide_block(self, keys: int) -> int:
+        """First block from which on all bins are known to have at least ``keys`` keys, a power of two.
+
+        It is the number of blocks if there is none.
+        """
+        narrow = self.num_bins * (keys // 2)  # keys of the longest row with smaller bins
         if self.spans is not None or self.num_keys <= narrow:
             return self.blocks
         return cdiv(max(0, narrow - (self.num_keys - self.num_queries)), self.rows) if self.causal else 0
@@ -117,7 +120,7 @@ def _list_kernel(
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
 ):
-    """Entries: first key, a multiple of 32, plus log2 of the bin. Meta: how many, log2 of their keys, how many whole."""
+    """Entries: first key, a multiple of 32, plus log2 of the bin. Meta: how many, log2 of their keys, whole ones."""
     block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first, real = item_span(SPANS, item_head // heads, num_keys, HAS_PADDING)
     rows = (first_block + block) * ROWS + tl.arange(0, ROWS)
@@ -154,24 +157,15 @@ def _list_kernel(
 
 
 @triton.jit
-def keys_of_tile(ENTRIES, step, tiles, TILE_LEVEL: tl.constexpr):
-    """Keys of a tile of a block's list, and the entry, both [2^TILE_LEVEL].
+def visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE: tl.constexpr):
+    """Keys of a tile of a block's list [TILE], and which rows keep them [ROWS, TILE].
 
     tiles: log2 of an entry's tiles.
     """
-    o_tile = tl.arange(0, 1 << TILE_LEVEL)
+    o_tile = tl.arange(0, TILE)
     # As a vector, since Triton prefetches no tiles whose address depends on the load of a single number.
     entry = tl.load(ENTRIES + (step >> tiles) + o_tile * 0)
-    return (entry & -32) + ((step & ((1 << tiles) - 1)) << TILE_LEVEL) + o_tile, entry
-
-
-@triton.jit
-def visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE_LEVEL: tl.constexpr):
-    """Keys of a tile of a block's list [TILE], and which rows keep them [ROWS, TILE].
-
-    The bins of a tile must lie in one word: those of a tile of 64 keys have at least two.
-    """
-    o_key, entry = keys_of_tile(ENTRIES, step, tiles, TILE_LEVEL)
+    o_key = (entry & -32) + ((step & ((1 << tiles) - 1)) << 5) + o_tile
     current = tl.max(entry & 31)
     return o_key, kept_of_tile(p_words, o_key, current, (length > 0) & (level == current), length)
 

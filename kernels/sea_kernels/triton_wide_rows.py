@@ -13,10 +13,10 @@ from torch import Tensor
 
 from .masks import BinMask
 from .triton_common import aligned_level, item_span, next_power_of_2, row_span
-from .triton_wide_lists import TILE_LEVEL, WideLists, keys_of_tile, rows_per_block, visit_tile
+from .triton_wide_lists import TILE, WideLists, rows_per_block, visit_tile
 
 LOG2E = 1.4426950408889634
-WIDE_TILE_LEVEL = 6  # log2 of the keys at a time where bins are as wide
+WIDE_TILE = 64  # keys at a time where bins are as wide, and all of their keys are valid
 WIDE_TILE_BYTES = 128  # of a row of keys or values, at most: wider ones would need too much shared memory
 
 
@@ -51,7 +51,8 @@ def attend_in_bins(
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
     lists = WideLists(mask, key.shape[2], causal, spans, rows_per_block(query, value))
-    for chunk, tile_level in _launches(lists, max(head_dim, value_dim) * query.itemsize):
+    row_bytes = max(head_dim, value_dim) * query.itemsize
+    for chunk, whole_tile in _launches(lists, row_bytes):
         entries = lists.build(*chunk)
         _walk_kernel[(chunk[1], batch * heads)](
             query,
@@ -78,20 +79,25 @@ def attend_in_bins(
             VALUE_DIM=value_dim,
             HEAD_PADDED=max(16, next_power_of_2(head_dim)),
             VALUE_PADDED=max(16, next_power_of_2(value_dim)),
-            TILE_LEVEL=tile_level,
+            TILE=TILE,
+            WHOLE_TILE=whole_tile,
             CONTINUES=continues,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **lists.flags(),
             num_warps=4,
-            num_stages=3,
+            num_stages=3,  # one tile comes while another is in use
+            maxnreg=168 if query.itemsize == 2 and row_bytes <= 256 else 255,  # of 168, three programs fit
         )
 
 
 def _launches(lists: WideLists, row_bytes: int) -> list[tuple[tuple[int, int], int]]:
-    """Chunks of the blocks, and log2 of the keys that they take at a time; ``row_bytes`` of the wider of keys, values."""
-    wide = lists.first_wide_block(WIDE_TILE_LEVEL) if row_bytes <= WIDE_TILE_BYTES else lists.blocks
-    narrow = [(chunk, TILE_LEVEL) for chunk in lists.chunks(0, wide)]
-    return narrow + [(chunk, WIDE_TILE_LEVEL) for chunk in lists.chunks(wide)]
+    """Chunks of the blocks, and the keys of whole bins that they take at a time.
+
+    row_bytes: of the wider of keys and values.
+    """
+    wide = lists.first_wide_block(WIDE_TILE) if row_bytes <= WIDE_TILE_BYTES else lists.blocks
+    narrow = [(chunk, TILE) for chunk in lists.chunks(0, wide)]
+    return narrow + [(chunk, WIDE_TILE) for chunk in lists.chunks(wide)]
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels", "scale"])
@@ -129,7 +135,8 @@ def _walk_kernel(
     NUM_BINS: tl.constexpr,
     CAPACITY: tl.constexpr,
     ROWS: tl.constexpr,
-    TILE_LEVEL: tl.constexpr,
+    TILE: tl.constexpr,
+    WHOLE_TILE: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     CONTINUES: tl.constexpr,
@@ -144,7 +151,9 @@ def _walk_kernel(
     m_row, seeing = rows < num_queries, length > 0
     m_value = (tl.arange(0, VALUE_PADDED) < VALUE_DIM)[None, :]
     row = item_head * num_queries + rows
-    b_q = _load_rows(Q + item * q_item + head * q_head, rows, seeing, q_row, HEAD_DIM, HEAD_PADDED)  # [ROWS, HEAD]
+    o_dim = tl.arange(0, HEAD_PADDED)
+    p_q = Q + item * q_item + head * q_head + rows.to(tl.int64)[:, None] * q_row + o_dim[None, :]
+    b_q = tl.load(p_q, mask=seeing[:, None] & (o_dim < HEAD_DIM)[None, :], other=0.0)  # [ROWS, HEAD]
     # With a factor of at least 0 the greatest product of a row gives its greatest score.
     b_q = tl.where(scale < 0, -b_q, b_q)
     scale = tl.abs(scale)
@@ -163,23 +172,23 @@ def _walk_kernel(
     place = item_head * tl.num_programs(0) + block
     ENTRIES += place * CAPACITY
     unit = tl.load(META + place * 3 + 1)  # log2 of an entry's keys
-    tiles = unit - TILE_LEVEL  # log2 of its tiles
-    steps, whole = tl.load(META + place * 3) << tiles, tl.load(META + place * 3 + 2) << tiles
+    count, whole = tl.load(META + place * 3), tl.load(META + place * 3 + 2)
     p_words = BITS + row * (NUM_BINS // 32)
 
     # Tiles of one bin that all rows see whole: a row keeps all of their keys or none.
-    last = tl.maximum(whole - 1, 0)
-    word = tl.load(p_words + (tl.load(ENTRIES, mask=whole > 0, other=0) >> unit >> 5), mask=seeing, other=0)
-    next_bin = tl.load(ENTRIES + (tl.minimum(1, last) >> tiles), mask=whole > 0, other=0) >> unit
-    for step in range(0, whole):
-        # The words come one step early and their bins two, so that no step waits for either.
-        bin_ = tl.load(ENTRIES + (step >> tiles)) >> unit
-        keep = ((word >> (bin_ & 31)) & 1) != 0
+    steps = (whole << unit) // WHOLE_TILE
+    start = _tile_start(ENTRIES, 0, steps, unit, WHOLE_TILE)
+    next_bin = _tile_start(ENTRIES, 1, steps, unit, WHOLE_TILE) >> unit
+    word = tl.load(p_words + (start >> unit >> 5), mask=seeing, other=0)
+    for step in range(0, steps):
+        keep = ((word >> ((start >> unit) & 31)) & 1) != 0
+        # What a step needs comes one step early, and the bin of its words two, so that no step waits for them.
         word = tl.load(p_words + (next_bin >> 5), mask=seeing, other=0)
-        next_bin = tl.load(ENTRIES + (tl.minimum(step + 2, last) >> tiles)) >> unit
-        o_key = keys_of_tile(ENTRIES, step, tiles, TILE_LEVEL)[0]
-        b_k = _load_rows(K, o_key, None, k_row, HEAD_DIM, HEAD_PADDED)
-        b_v = _load_rows(V, o_key, None, v_row, VALUE_DIM, VALUE_PADDED)
+        next_bin = _tile_start(ENTRIES, step + 2, steps, unit, WHOLE_TILE) >> unit
+        o_key = start + tl.arange(0, WHOLE_TILE)
+        start = _tile_start(ENTRIES, step + 1, steps, unit, WHOLE_TILE)
+        b_k = _load_tile(K, o_key, None, k_row, HEAD_DIM, HEAD_PADDED)
+        b_v = _load_tile(V, o_key, None, v_row, VALUE_DIM, VALUE_PADDED)
         products = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         new_highest = tl.where(keep, tl.maximum(highest, tl.max(products, 1) * scale), highest)
         offset = tl.where(keep, new_highest, float("inf"))
@@ -187,10 +196,11 @@ def _walk_kernel(
         total, acc = _add_values(weights, b_v, tl.exp2(highest - new_highest), total, acc, PRECISION)
         highest = new_highest
 
-    for step in range(whole, steps):
-        o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE_LEVEL)
-        b_k = _load_rows(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)
-        b_v = _load_rows(V, o_key, o_key < real, v_row, VALUE_DIM, VALUE_PADDED)
+    tiles = unit - 5  # log2 of an entry's
+    for step in range(whole << tiles, count << tiles):
+        o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
+        b_k = _load_tile(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)
+        b_v = _load_tile(V, o_key, o_key < real, v_row, VALUE_DIM, VALUE_PADDED)
         scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         scores = tl.where(keep, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
@@ -212,19 +222,29 @@ def _walk_kernel(
 
 
 @triton.jit
-def _load_rows(BASE, o_row, m_row, stride, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Rows ``o_row`` of a matrix, all of them if there is no ``m_row``. [ROWS, PADDED]"""
-    o_dim = tl.arange(0, PADDED)
-    pointer = BASE + o_row.to(tl.int64)[:, None] * stride + o_dim[None, :]
-    if m_row is None:
-        if DIM == PADDED:
-            loaded = tl.load(pointer)
-        else:
-            loaded = tl.load(pointer, mask=(o_dim < DIM)[None, :], other=0.0)
-    elif DIM == PADDED:
-        loaded = tl.load(pointer, mask=m_row[:, None], other=0.0)
+def _tile_start(ENTRIES, step, steps, unit, TILE: tl.constexpr):
+    """First key of a tile, of the last one if the step is past the end, some key of the first bin if there is none.
+
+    unit: log2 of an entry's keys.
+    """
+    key = tl.minimum(step, steps - 1) * TILE  # counted along the list
+    entry = tl.load(ENTRIES + (key >> unit), mask=steps > 0, other=0)
+    return (entry & -32) + (key & ((1 << unit) - 1))
+
+
+@triton.jit
+def _load_tile(BASE, o_key, m_key, stride, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of a matrix for successive keys, all of them if there is no ``m_key``. [TILE, PADDED]"""
+    o_tile, o_dim = tl.arange(0, o_key.shape[0]), tl.arange(0, PADDED)
+    # One product for the tile: the others are the same for every tile.
+    pointer = BASE + (o_key - o_tile).to(tl.int64)[:, None] * stride
+    pointer += o_tile.to(tl.int64)[:, None] * stride + o_dim[None, :]
+    m_dim = (o_dim < DIM)[None, :]
+    if m_key is None:
+        loaded = tl.load(pointer) if DIM == PADDED else tl.load(pointer, mask=m_dim, other=0.0)
     else:
-        loaded = tl.load(pointer, mask=m_row[:, None] & (o_dim < DIM)[None, :], other=0.0)
+        m_tile = m_key[:, None] if DIM == PADDED else m_key[:, None] & m_dim
+        loaded = tl.load(pointer, mask=m_tile, other=0.0)
     return loaded
 
 

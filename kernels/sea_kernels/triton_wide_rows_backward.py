@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .masks import BinMask
 from .triton_common import aligned_level, item_span, next_power_of_2, row_span
-from .triton_wide_lists import TILE_LEVEL, WideLists, backward_rows, visit_tile
+from .triton_wide_lists import TILE, WideLists, backward_rows, visit_tile
 
 LOG2E = 1.4426950408889634
 
@@ -95,7 +95,7 @@ def differentiate_queries_in_bins(
             VALUE_DIM=value_dim,
             HEAD_PADDED=max(16, next_power_of_2(head_dim)),
             VALUE_PADDED=max(16, next_power_of_2(value_dim)),
-            TILE_LEVEL=TILE_LEVEL,
+            TILE=TILE,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **lists.flags(),
             num_warps=4,
@@ -150,7 +150,7 @@ def _query_kernel(
     NUM_BINS: tl.constexpr,
     CAPACITY: tl.constexpr,
     ROWS: tl.constexpr,
-    TILE_LEVEL: tl.constexpr,
+    TILE: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -188,10 +188,10 @@ def _query_kernel(
     V += item * v_item + (head // heads_per_group) * v_head + first.to(tl.int64) * v_row
     place = item_head * tl.num_programs(0) + block
     ENTRIES += place * CAPACITY
-    tiles = tl.load(META + place * 3 + 1) - TILE_LEVEL  # log2 of an entry's tiles
+    tiles = tl.load(META + place * 3 + 1) - 5  # log2 of an entry's tiles
     p_words = BITS + row * (NUM_BINS // 32)
     for step in range(0, tl.load(META + place * 3) << tiles):
-        o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE_LEVEL)
+        o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
         m_key = (o_key < real)[:, None]
         b_k = tl.load(K + o_key.to(tl.int64)[:, None] * k_row + o_dim[None, :], mask=m_key & m_dim, other=0.0)
         b_v = tl.load(V + o_key.to(tl.int64)[:, None] * v_row + o_value[None, :], mask=m_key & m_value, other=0.0)

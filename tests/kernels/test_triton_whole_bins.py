@@ -1,0 +1,160 @@
+"""Tiles of one bin that all rows of a block see whole, which the Triton form of attention to bins takes without a mask.
+
+With 32 bins, rows of 513 keys or more have bins of at least 32 keys, and rows of 1025 or more of at least 64.
+"""
+
+import pytest
+import torch
+
+from sea_kernels import far_field_attention, sparse_attention, triton_wide_lists, triton_wide_rows
+from sea_kernels.masks import BinMask, pack_bits
+from sea_kernels.spans import row_spans
+from sea_kernels.triton_common import item_spans
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS = 64  # of a block
+
+
+def random_bins(shape, share=0.3, shared_rows=16, own=None):
+    """Bins that neighbouring rows mostly agree on; every fifth row keeps nothing but bin ``own [T]``."""
+    generator = torch.Generator().manual_seed(1)
+    keep = torch.rand(*shape[:2], -(-shape[2] // shared_rows), 32, generator=generator) < share
+    keep = keep.repeat_interleave(shared_rows, 2)[:, :, : shape[2]]
+    keep ^= torch.rand(*shape, 32, generator=generator) < 0.1
+    keep[:, :, ::5] = False
+    if own is not None:
+        keep[:, :, torch.arange(shape[2]), own] = True
+    return BinMask(pack_bits(keep).to(DEVICE), 32, "aligned")
+
+
+def whole_entries(mask, keys, *, causal, attention_mask=None):
+    """The third number of ``meta`` as the lists have it, and computed from the rows' bits. [N * H, blocks]"""
+    real = None if attention_mask is None else attention_mask.to(DEVICE)
+    lists = triton_wide_lists.WideLists(mask, keys, causal, item_spans(real), ROWS)
+    listed = torch.cat([lists.build(*chunk).meta for chunk in lists.chunks()], 1)[..., 2].cpu()
+    batch, heads, queries, _ = mask.bits.shape
+    spans = row_spans(batch, queries, keys, causal=causal, attention_mask=attention_mask)
+    expected = torch.zeros(batch, heads, lists.blocks, dtype=torch.int32)
+    bins = torch.arange(32)
+    bits = ((mask.bits.cpu() >> bins) & 1) != 0
+    for item in range(batch):
+        for block in range(lists.blocks):
+            rows = slice(block * ROWS, (block + 1) * ROWS)
+            length = spans.length[item, rows]
+            width = 2 ** torch.stack([length > (32 << step) for step in range(12)]).sum(0)
+            seeing = length > 0
+            if not seeing.any() or len(set(width[seeing].tolist())) > 1 or int(width[seeing][0]) < 32:
+                continue
+            kept = bits[item, :, rows][:, seeing].any(1)
+            inside = (bins + 1) * int(width[seeing][0]) <= int(length[seeing].min())
+            expected[item, :, block] = (kept & inside).sum(-1)
+    return listed, expected.flatten(0, 1)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Keys at a time and number of blocks of every launch."""
+    launches, original = [], triton_wide_rows._launches
+
+    def remember(*args):
+        result = original(*args)
+        launches.extend((tile, chunk[1]) for chunk, tile in result)
+        return result
+
+    monkeypatch.setattr(triton_wide_rows, "_launches", remember)
+    return launches
+
+
+def assert_same(query, key, value, mask, *, causal, attention_mask=None, scaling=0.35, tolerance=1e-6):
+    """The Triton form's error against float64 is within ``tolerance`` of the result's size."""
+    place = {"causal": causal, "scaling": scaling}
+    place["attention_mask"] = None if attention_mask is None else attention_mask.to(DEVICE)
+    inputs = [tensor.to(DEVICE) for tensor in (query, key, value)]
+    output = sparse_attention(*inputs, mask, backend="triton", **place)
+    exact = sparse_attention(*(x.double() for x in inputs), mask, backend="reference", **place)
+    assert (output.double() - exact).norm() <= tolerance * exact.norm()
+    assert not output[:, :, ::5].any()
+
+
+@pytest.mark.parametrize("scaling", [0.35, -0.35, 0.0])
+@pytest.mark.parametrize(("queries", "keys"), [(140, 700), (100, 1100), (330, 1250)])
+def test_causal_rows_behind_a_cache(random_qkv, tiles, queries, keys, scaling):
+    sizes = {"batch": 1, "heads": 2, "groups": 1, "width": 8, "value_width": 6}
+    query, key, value = (x.float() for x in random_qkv(queries=queries, keys=keys, **sizes))
+    mask = random_bins(query.shape[:3])
+    listed, expected = whole_entries(mask, keys, causal=True)
+    assert torch.equal(listed, expected)
+    assert (listed > 0).any()
+    assert_same(query, key, value, mask, causal=True, scaling=scaling)
+    narrow = {700: 3, 1100: 1, 1250: 2}[keys]  # blocks with rows of at most 1024 keys
+    assert sum(blocks for tile, blocks in tiles if tile == 32) == narrow
+    assert sum(blocks for tile, blocks in tiles if tile == 64) == -(-queries // ROWS) - narrow
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3)])
+def test_all_rows_of_a_long_input(random_qkv, tiles, dtype, tolerance):
+    query, key, value = (x.to(dtype) for x in random_qkv(batch=1, heads=1, groups=1, queries=1400, width=16))
+    mask = random_bins(query.shape[:3])
+    listed, expected = whole_entries(mask, 1400, causal=True)
+    assert torch.equal(listed, expected)
+    assert_same(query, key, value, mask, causal=True, tolerance=tolerance)
+    assert tiles == [(32, 16), (64, 6)]
+    assert (listed[0, :8] == 0).all()  # bins narrower than a tile
+    assert (listed[0, 10:] > 0).all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_on_both_sides(random_qkv, padding_mask, tiles, causal):
+    sizes = {"batch": 3, "heads": 2, "groups": 1, "width": 8, "value_width": 8}
+    keys = 700
+    queries = 150 if causal else keys
+    query, key, value = (x.float() for x in random_qkv(queries=queries, keys=keys, **sizes))
+    real = padding_mask(keys, [(31, 0), (100, 37), (keys, 0)])
+    mask = random_bins(query.shape[:3])
+    listed, expected = whole_entries(mask, keys, causal=causal, attention_mask=real)
+    assert torch.equal(listed, expected)
+    assert (listed > 0).any()
+    query[~real[:, None, keys - queries :].expand(query.shape[:3])] = float("nan")  # padding rows never matter
+    assert_same(query, key, value, mask, causal=causal, attention_mask=real)
+    assert {tile for tile, _ in tiles} == {32}
+
+
+@pytest.mark.parametrize(("keys", "tile"), [(600, 32), (1030, 64)])
+def test_bidirectional_rows(random_qkv, tiles, keys, tile):
+    query, key, value = (x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=keys, width=8))
+    mask = random_bins(query.shape[:3], share=0.2)
+    listed, expected = whole_entries(mask, keys, causal=False)
+    assert torch.equal(listed, expected)
+    assert (listed > 0).all()
+    assert_same(query, key, value, mask, causal=False)
+    assert tiles == [(tile, -(-keys // ROWS))]
+
+
+def test_rows_without_64_keys_at_a_time(random_qkv, tiles):
+    """Wide rows take smaller blocks, and 32 keys at a time."""
+    query, key, value = (x.half() for x in random_qkv(batch=1, heads=2, groups=1, queries=40, keys=1200, width=96))
+    assert_same(query, key, value, random_bins(query.shape[:3]), causal=True, tolerance=1e-3)
+    assert {tile for tile, _ in tiles} == {32}
+
+
+def test_several_launches(random_qkv, tiles, monkeypatch):
+    monkeypatch.setattr(triton_wide_lists, "LIST_BYTES", 1)
+    query, key, value = (x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=200, keys=1100, width=8))
+    assert_same(query, key, value, random_bins(query.shape[:3]), causal=True)
+    assert tiles == [(32, 1), (32, 1), (64, 1), (64, 1)]
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(70, 640), (130, 1200)])
+def test_far_field_joins_what_the_rows_have(random_qkv, tiles, queries, keys):
+    sizes = {"batch": 1, "heads": 2, "groups": 1, "width": 16, "value_width": 8}
+    query, key, value = (x.float().to(DEVICE) for x in random_qkv(queries=queries, keys=keys, **sizes))
+    mask = random_bins(query.shape[:3], own=torch.arange(keys - queries, keys) // (32 if keys == 640 else 64))
+    centre = 0.3 * torch.randn(2, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    place = {"centre": centre, "causal": True, "scaling": 0.25}
+    output = far_field_attention(query, key, value, mask, None, backend="triton", **place)
+    exact = [x.double() for x in (query, key, value)]
+    exact = far_field_attention(*exact, mask, None, backend="reference", **place)
+    assert (output.double() - exact).norm() <= 1e-6 * exact.norm()
+    assert tiles == [(32 if keys == 640 else 64, -(-queries // ROWS))]
