@@ -84,17 +84,20 @@ def attend_in_bins(
             CONTINUES=continues,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **lists.flags(),
-            num_warps=4,
-            num_stages=3,  # one tile comes while another is in use
-            maxnreg=168 if query.itemsize == 2 and row_bytes <= 256 else 255,  # of 168, three programs fit
+            **_launch_config(query.dtype, row_bytes),
         )
 
 
-def _launches(lists: WideLists, row_bytes: int) -> list[tuple[tuple[int, int], int]]:
-    """Chunks of the blocks, and the keys of whole bins that they take at a time.
+def _launch_config(dtype: torch.dtype, row_bytes: int) -> dict:
+    """Launch parameters; ``row_bytes`` of the wider of keys and values."""
+    if dtype.itemsize > 2:  # without matrix units the products take many registers
+        return {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
+    # Three stages load a tile while another is in use, and of 168 registers three programs share a multiprocessor.
+    return {"num_warps": 4, "num_stages": 3, "maxnreg": 168 if row_bytes <= 256 else 255}
 
-    row_bytes: of the wider of keys and values.
-    """
+
+def _launches(lists: WideLists, row_bytes: int) -> list[tuple[tuple[int, int], int]]:
+    """Chunks of the blocks, and the keys of whole bins that they take at a time. ``row_bytes`` as above."""
     wide = lists.first_wide_block(WIDE_TILE) if row_bytes <= WIDE_TILE_BYTES else lists.blocks
     narrow = [(chunk, TILE) for chunk in lists.chunks(0, wide)]
     return narrow + [(chunk, WIDE_TILE) for chunk in lists.chunks(wide)]
