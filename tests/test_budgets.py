@@ -152,7 +152,7 @@ def test_other_methods_train_beside_the_callback_without_budgets(tmp_path, chang
     module = CausalLMModule(save_llama(tmp_path / "model"), **changes)
     settings = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "limit_val_batches": 0}
     trainer = Trainer(max_steps=1, callbacks=[HeadBudgetCalibration(2)], default_root_dir=tmp_path, **settings)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", logger="lightning.pytorch.utilities.rank_zero"):
         trainer.fit(module, RandomData(causal=True, seq_len=48))
     assert trainer.global_step == 1
     assert "no layer of the model has budgets" in caplog.text
