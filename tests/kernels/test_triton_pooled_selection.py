@@ -76,7 +76,7 @@ def test_bins_that_are_no_power_of_two(random_qkv):
 
 
 def test_many_bins(random_qkv):
-    query, key, _ = (x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=70, keys=1100, width=8))
+    query, key, _ = (x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=40, keys=1100, width=8))
     assert_same(query, key, num_bins=512, k=100)
 
 
