@@ -215,9 +215,7 @@ def save_model(directory: str, **changes: Any) -> None:
     LlamaForCausalLM(LlamaConfig(**{**MODEL, **changes})).save_pretrained(directory)
 
 
-def training_module(
-    directory: str, method: str, form: str = "default", *, gradient_checkpointing: bool = False
-) -> CausalLMModule:
+def training_module(directory: str, method: str, form: str, *, gradient_checkpointing: bool = False) -> CausalLMModule:
     """What trains with ``method`` from the model in ``directory``."""
     attention = {"attention": "dense"} if method == "sdpa" else {"attention": "sea", "sea": SEAConfig(**FORMS[form])}
     module = CausalLMModule(directory, **attention)

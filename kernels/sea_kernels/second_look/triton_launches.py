@@ -17,9 +17,8 @@ from ..triton_common import cdiv, count_levels, next_power_of_2
 from ..triton_entries import BLOCK_ROWS, EntryLists
 
 FEW_BLOCKS = 32  # fewer of them, of all heads, join the next launch: launching costs more than slots they do not need
-FEW_PROGRAMS = (
-    2048  # heads that have fewer together join those that need more slots: a GPU runs about as many at a time
-)
+# Heads that have fewer programs together join those that need more slots: a GPU runs about as many at a time.
+FEW_PROGRAMS = 2048
 MAX_CLASSES = 4
 
 
