@@ -1,11 +1,12 @@
 """Time and memory of a distillation step: one attention layer, and a whole language model. Needs a GPU.
 
-    python benchmarks/distillation_step.py
+    python benchmarks/distillation_step.py --model models/SmolLM2-135M --text data/quality/validation.tokens
 
 The gradients of all operations are checked first (``distillation_checks.py``). Then, causal, batch 1, in bf16:
 
 - ``layer``: forward and backward of one attention layer with the losses of its estimate, its attention and its context;
-  the teacher's queries, keys, values and context are given. Synthetic inputs and forms as in ``attention_forward.py``.
+  the teacher's queries, keys, values and context are given. Forms and inputs as in ``attention_forward.py``: those of a
+  language model on text, or without ``--model`` synthetic ones, whose neighbouring rows agree much less.
 - ``llama-125m``: training steps of ``CausalLMModule``, the optimiser's included, with all of its losses under autocast.
   Weights and tokens are random, so that neighbouring rows agree little: the worst case for sparse attention.
 
@@ -35,6 +36,7 @@ from attention_forward import FORMS
 from distillation_checks import gradient_checks
 from lightning.pytorch import Callback, LightningModule, Trainer
 from measure import ROOT, median_ms, report_head, smooth, write_report
+from recorded import Recorded
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -88,15 +90,20 @@ class UntilMemoryEnds:
 # One layer
 
 
-def layer_inputs(heads: int, seq_len: int, form: str) -> tuple[SEAAttention, LayerRecord, list[Tensor]]:
-    """A fresh layer, the teacher's record, and the student's query, key and value, which are not far from it."""
+def layer_inputs(
+    heads: int, seq_len: int, form: str, recorded: Recorded | None = None
+) -> tuple[SEAAttention, LayerRecord, list[Tensor]]:
+    """A fresh layer, the teacher's record, and the student's query, key and value, which are not far from it.
+
+    Synthetic ones, or those ``recorded``.
+    """
     config = SEAConfig(**FORMS[form])
     layer = SEAAttention(config, num_heads=heads, num_kv_heads=heads, head_dim=HEAD_DIM, causal=True).cuda()
-    query, key, value = (smooth(heads, seq_len, HEAD_DIM) for _ in range(3))
+    query, key, value = recorded.inputs(seq_len) if recorded else [smooth(heads, seq_len, HEAD_DIM) for _ in range(3)]
     with torch.no_grad():
         context = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
     teacher = LayerRecord(query, key, value, context, PLACE["scaling"], None, True, None)
-    return layer, teacher, [(x + 0.1 * torch.randn_like(x)).requires_grad_() for x in (query, key, value)]
+    return layer, teacher, [(x + 0.1 * x.std() * torch.randn_like(x)).requires_grad_() for x in (query, key, value)]
 
 
 def losses_of(method: str) -> AbstractContextManager:
@@ -163,10 +170,10 @@ def measured(step: Callable[[], Any]) -> Numbers:
 
 
 def layer_rows(
-    heads: int, seq_len: int, form: str, methods: list[str], attempt: UntilMemoryEnds
+    heads: int, seq_len: int, form: str, methods: list[str], recorded: Recorded | None, attempt: UntilMemoryEnds
 ) -> Iterator[dict[str, Any]]:
     """All rows of one number of heads and one length."""
-    layer, teacher, inputs = layer_inputs(heads, seq_len, form)
+    layer, teacher, inputs = layer_inputs(heads, seq_len, form, recorded)
     grad = torch.randn_like(inputs[0])
     runs = {name: measured(lambda b=backend: sdpa_step(inputs, grad, b)) for name, backend in DENSE.items()}
     fastest = min(runs, key=lambda name: runs[name]["ms"])
@@ -178,7 +185,8 @@ def layer_rows(
             step = operations.get(method, lambda m=method: layer_step(layer, teacher, inputs, m))
             numbers = attempt(method, lambda step=step: measured(step))
         ratio = None if numbers["ms"] is None else round(runs[fastest]["ms"] / numbers["ms"], 3)
-        yield {"method": method, "model": "layer", "heads": heads, "seq_len": seq_len, **numbers, "sdpa_ratio": ratio}
+        row = {"method": method, "model": "layer", "heads": heads, "seq_len": seq_len, **numbers, "sdpa_ratio": ratio}
+        yield row | {"inputs": "recorded" if recorded else "synthetic"}
 
 
 # A whole model
@@ -303,11 +311,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--form", choices=FORMS, default="default", help="of the SEA layers")
     parser.add_argument("--heads", type=int, nargs="*", default=[32, 12], help="of the layer; none skips the layer")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024 * 2**i for i in range(7)], help="of the layer")
+    parser.add_argument("--model", help="transformers directory of a causal language model with heads of 64")
+    parser.add_argument("--text", type=Path, help="text for the model, of as many tokens as the longest input")
     parser.add_argument("--operations", nargs="*", choices=OPERATIONS, default=OPERATIONS[:2])
     parser.add_argument("--model-lengths", type=int, nargs="*", default=[2048 * 2**i for i in range(5)])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
     parser.add_argument("--gradient-checkpointing", action="store_true", help="of the model")
     options = parser.parse_args(arguments)
+    if options.model and not options.text:
+        parser.error("--model needs --text")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*does not have many workers")
     torch.manual_seed(0)
@@ -321,9 +333,11 @@ def main(arguments: list[str] | None = None) -> None:
             write_report(report, options.output)
 
     for heads in options.heads:
-        attempt = UntilMemoryEnds()
+        attempt, methods = UntilMemoryEnds(), [*options.methods, *options.operations]
+        recorded = Recorded(options.model, options.text, heads) if options.model else None
         for seq_len in options.lengths:
-            add(layer_rows(heads, seq_len, options.form, [*options.methods, *options.operations], attempt))
+            add(layer_rows(heads, seq_len, options.form, methods, recorded, attempt))
+        del recorded
     if options.model_lengths:
         checkpointing = options.gradient_checkpointing
         add(model_rows(options.model_lengths, options.form, options.methods, gradient_checkpointing=checkpointing))

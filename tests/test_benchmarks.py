@@ -145,13 +145,13 @@ def test_rows_of_a_layer(fake_device, monkeypatch):
 
     monkeypatch.setattr(step, "measured", measured)
     monkeypatch.setattr(
-        step, "layer_inputs", lambda heads, seq_len, form: small_layer(seq_len, heads, heads, torch.float32)
+        step, "layer_inputs", lambda heads, seq_len, *_: small_layer(seq_len, heads, heads, torch.float32)
     )
     attempt = step.UntilMemoryEnds()
     methods = ["sea", "sea_dense", "sdpa", "sparse_attention"]
-    rows = {row["method"]: row for row in step.layer_rows(2, 20, "default", methods, attempt)}
+    rows = {row["method"]: row for row in step.layer_rows(2, 20, "default", methods, None, attempt)}
     assert list(rows) == methods
-    common = {"model": "layer", "heads": 2, "seq_len": 20}
+    common = {"model": "layer", "heads": 2, "seq_len": 20, "inputs": "synthetic"}
     assert rows["sea"] == {"method": "sea", **common, "ms": 8.0, "peak_mib": 80.0, "sdpa_ratio": 0.25}
     assert rows["sea_dense"] == {"method": "sea_dense", **common, "ms": None, "peak_mib": None, "sdpa_ratio": None}
     assert (rows["sdpa"]["ms"], rows["sdpa"]["backend"], rows["sdpa"]["sdpa_ratio"]) == (2.0, "cudnn", 1.0)
@@ -212,7 +212,8 @@ def test_the_report_is_written_row_by_row(monkeypatch, tmp_path):
     class Killed(Exception):
         pass
 
-    def rows(heads, seq_len, form, methods, attempt):
+    def rows(heads, seq_len, form, methods, recorded, attempt):
+        assert recorded is None
         assert form == "two_looks"
         assert methods == ["sea", "sparse_attention"]
         if seq_len == 2048:

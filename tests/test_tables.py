@@ -17,12 +17,12 @@ from tiny import WORDS, save_bert, save_llama
 from transformers import AutoModel
 
 from lightning_sea.distillation import DistillationConfig
-from lightning_sea.tasks import GLUEModule
+from lightning_sea.tasks import CausalLMModule, GLUEModule
 
 HERE = Path(tables.__file__).parent
-NAMES = ("lm_perplexity", "ablations", "designs", "trials", "glue")
+NAMES = ("lm_perplexity", "ablations", "rising_k", "designs", "trials", "glue")
 RUNS = {name: tables.load_runs(HERE / f"{name}.yaml", None, []) for name in NAMES}
-LANGUAGE = [(name, run) for name in ("lm_perplexity", "ablations") for run in RUNS[name]]
+LANGUAGE = [(name, run) for name in ("lm_perplexity", "ablations", "rising_k") for run in RUNS[name]]
 
 
 @pytest.mark.parametrize(("name", "run"), LANGUAGE)
@@ -194,6 +194,25 @@ def test_a_run_that_keeps_its_k_is_tested_at_that_alone(language_settings, langu
     dense = settings | {"sea": None, "distillation": None}
     rows = list(lm_perplexity.run("dense", dense, language_options))
     assert [(row["method"], row["k"], row["seq_len"]) for row in rows] == [("teacher", None, 32), ("teacher", None, 64)]
+
+
+def test_steps_keep_as_many_keys_as_they_draw(language_settings, language_options, monkeypatch):
+    def training_step(self, batch, batch_idx):
+        trained.append(self.student.sea_conversion.config.k)
+        return step(self, batch, batch_idx)
+
+    step, trained = CausalLMModule.training_step, []
+    monkeypatch.setattr(CausalLMModule, "training_step", training_step)
+    settings = language_settings | {
+        "train_k": [4, 16, 32],
+        "steps": 5,
+        "tests": [{"seq_len": [32]}],
+        "untrained_tests": [],
+    }
+    (row,) = lm_perplexity.run("sea", settings, language_options)
+    assert set(trained) <= {4, 16, 32}
+    assert len(set(trained)) > 1
+    assert row["k"] == settings["sea"]["k"], "tests keep the k of the run"
 
 
 @pytest.fixture

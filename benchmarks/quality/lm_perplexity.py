@@ -5,10 +5,10 @@
         --output benchmarks/results/lm_perplexity.json
 
 Every run of ``lm_perplexity.yaml`` trains one model on the same windows of text in the same order, and tests it at
-several lengths and, for SEA, at several k, without further training. ``--config ablations.yaml`` (in this folder)
-does the same with SEA's parts taken out one by one. ``--split validation`` tests on the text that settings were chosen
-by, for choosing more of them. Rows of models that were tested at several k go to ``dynamic_k.json`` as well, beside the
-output.
+several lengths and, for SEA, at several k, without further training; rows of models that were tested at several k go to
+``dynamic_k.json`` as well, beside the output. With ``--config`` other files of this folder: ``ablations.yaml`` takes
+SEA's parts out one by one, ``rising_k.yaml`` asks when more keys stop helping, ``designs.yaml`` and ``trials.yaml``
+chose the settings. ``--split validation`` tests on the text that settings are chosen by.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import torch
 from lightning.pytorch import seed_everything
 from tables import Row, main, parser, write_report
 from torch.utils.data import DataLoader
-from trainers import device, sparsity, trainer
+from trainers import DrawnK, device, sparsity, trainer
 
 from lightning_sea.adapt import set_k
 from lightning_sea.budgets import calibrate_budgets
@@ -126,7 +126,8 @@ def train(module: CausalLMModule, settings: dict, options: argparse.Namespace) -
     data.setup("fit")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    fit = trainer([], max_steps=settings["steps"])
+    drawn = [DrawnK(settings["train_k"], settings["seed"])] if settings.get("train_k") else []
+    fit = trainer(drawn, max_steps=settings["steps"])
     begin = time.perf_counter()
     fit.fit(module, data)
     cost = {"train_seconds": round(time.perf_counter() - begin, 1)}
@@ -173,5 +174,5 @@ if __name__ == "__main__":
     command.add_argument("--split", choices=("validation", "test"), default="test")
     options = command.parse_args()
     main(options, run)
-    if not options.worker:
+    if not options.worker and options.config.stem == "lm_perplexity":
         write_dynamic_k(options.output)
