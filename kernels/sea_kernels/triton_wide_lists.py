@@ -14,6 +14,8 @@ from .triton_entries import LIST_BYTES, Entries, join_rows
 
 TILE = 32  # keys at a time: their bins of any width lie in one word of a row's bits
 TILE_LEVEL = 5  # log2 of them
+WIDE_TILE = 64  # keys at a time where bins are as wide, and all of their keys are valid
+WIDE_TILE_BYTES = 128  # of a row of keys or values, at most: wider ones would need too much shared memory
 SPREAD = 8  # entries that a block has beside those of its rows' K bins, of which the widest may be two entries each
 MOST_ROWS, MOST_BYTES = 64, 8192  # of a block of rows
 BACKWARD_BYTES = 16384  # of a block in the backward pass, in half precision
@@ -69,6 +71,15 @@ class WideLists:
         if self.spans is not None or self.num_keys <= narrow:
             return self.blocks
         return cdiv(max(0, narrow - (self.num_keys - self.num_queries)), self.rows) if self.causal else 0
+
+    def launches(self, row_bytes: int) -> list[tuple[tuple[int, int], int]]:
+        """Chunks of all blocks, and the keys of whole bins that they take at a time.
+
+        ``row_bytes`` are those of the wider of keys and values.
+        """
+        wide = self.first_wide_block(WIDE_TILE) if row_bytes <= WIDE_TILE_BYTES else self.blocks
+        narrow = [(chunk, TILE) for chunk in self.chunks(0, wide)]
+        return narrow + [(chunk, WIDE_TILE) for chunk in self.chunks(wide)]
 
     def build(self, first_block: int, num_blocks: int) -> Entries:
         """The lists of some blocks."""
@@ -183,3 +194,30 @@ def kept_of_tile(p_words, o_key, level, m_row, length):
     word = tl.load(p_words + (tl.min(o_key) >> level >> 5), mask=m_row, other=0)
     keep = ((word[:, None] >> ((o_key >> level) & 31)[None, :]) & 1) != 0
     return keep & (o_key[None, :] < length[:, None])
+
+
+@triton.jit
+def tile_start(ENTRIES, step, steps, unit, TILE: tl.constexpr):
+    """First key of a tile, of the last one if the step is past the end, some key of the first bin if there is none.
+
+    unit: log2 of an entry's keys.
+    """
+    key = tl.minimum(step, steps - 1) * TILE  # counted along the list
+    entry = tl.load(ENTRIES + (key >> unit), mask=steps > 0, other=0)
+    return (entry & -32) + (key & ((1 << unit) - 1))
+
+
+@triton.jit
+def load_tile(BASE, o_key, m_key, stride, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of a matrix for successive keys, all of them if there is no ``m_key``. [TILE, PADDED]"""
+    o_tile, o_dim = tl.arange(0, o_key.shape[0]), tl.arange(0, PADDED)
+    # One product for the tile: the others are the same for every tile.
+    pointer = BASE + (o_key - o_tile).to(tl.int64)[:, None] * stride
+    pointer += o_tile.to(tl.int64)[:, None] * stride + o_dim[None, :]
+    m_dim = (o_dim < DIM)[None, :]
+    if m_key is None:
+        loaded = tl.load(pointer) if DIM == PADDED else tl.load(pointer, mask=m_dim, other=0.0)
+    else:
+        m_tile = m_key[:, None] if DIM == PADDED else m_key[:, None] & m_dim
+        loaded = tl.load(pointer, mask=m_tile, other=0.0)
+    return loaded

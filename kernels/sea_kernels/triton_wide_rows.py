@@ -13,11 +13,9 @@ from torch import Tensor
 
 from .masks import BinMask
 from .triton_common import aligned_level, item_span, next_power_of_2, row_span
-from .triton_wide_lists import TILE, WideLists, rows_per_block, visit_tile
+from .triton_wide_lists import TILE, WideLists, load_tile, rows_per_block, tile_start, visit_tile
 
 LOG2E = 1.4426950408889634
-WIDE_TILE = 64  # keys at a time where bins are as wide, and all of their keys are valid
-WIDE_TILE_BYTES = 128  # of a row of keys or values, at most: wider ones would need too much shared memory
 
 
 def attend_in_bins(
@@ -52,7 +50,7 @@ def attend_in_bins(
     value_dim = value.shape[-1]
     lists = WideLists(mask, key.shape[2], causal, spans, rows_per_block(query, value))
     row_bytes = max(head_dim, value_dim) * query.itemsize
-    for chunk, whole_tile in _launches(lists, row_bytes):
+    for chunk, whole_tile in lists.launches(row_bytes):
         entries = lists.build(*chunk)
         _walk_kernel[(chunk[1], batch * heads)](
             query,
@@ -94,13 +92,6 @@ def _launch_config(dtype: torch.dtype, row_bytes: int) -> dict:
         return {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
     # Three stages load a tile while another is in use, and of 168 registers three programs share a multiprocessor.
     return {"num_warps": 4, "num_stages": 3, "maxnreg": 168 if row_bytes <= 256 else 255}
-
-
-def _launches(lists: WideLists, row_bytes: int) -> list[tuple[tuple[int, int], int]]:
-    """Chunks of the blocks, and the keys of whole bins that they take at a time. ``row_bytes`` as above."""
-    wide = lists.first_wide_block(WIDE_TILE) if row_bytes <= WIDE_TILE_BYTES else lists.blocks
-    narrow = [(chunk, TILE) for chunk in lists.chunks(0, wide)]
-    return narrow + [(chunk, WIDE_TILE) for chunk in lists.chunks(wide)]
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels", "scale"])
@@ -180,18 +171,18 @@ def _walk_kernel(
 
     # Tiles of one bin that all rows see whole: a row keeps all of their keys or none.
     steps = (whole << unit) // WHOLE_TILE
-    start = _tile_start(ENTRIES, 0, steps, unit, WHOLE_TILE)
-    next_bin = _tile_start(ENTRIES, 1, steps, unit, WHOLE_TILE) >> unit
+    start = tile_start(ENTRIES, 0, steps, unit, WHOLE_TILE)
+    next_bin = tile_start(ENTRIES, 1, steps, unit, WHOLE_TILE) >> unit
     word = tl.load(p_words + (start >> unit >> 5), mask=seeing, other=0)
     for step in range(0, steps):
         keep = ((word >> ((start >> unit) & 31)) & 1) != 0
         # What a step needs comes one step early, and the bin of its words two, so that no step waits for them.
         word = tl.load(p_words + (next_bin >> 5), mask=seeing, other=0)
-        next_bin = _tile_start(ENTRIES, step + 2, steps, unit, WHOLE_TILE) >> unit
+        next_bin = tile_start(ENTRIES, step + 2, steps, unit, WHOLE_TILE) >> unit
         o_key = start + tl.arange(0, WHOLE_TILE)
-        start = _tile_start(ENTRIES, step + 1, steps, unit, WHOLE_TILE)
-        b_k = _load_tile(K, o_key, None, k_row, HEAD_DIM, HEAD_PADDED)
-        b_v = _load_tile(V, o_key, None, v_row, VALUE_DIM, VALUE_PADDED)
+        start = tile_start(ENTRIES, step + 1, steps, unit, WHOLE_TILE)
+        b_k = load_tile(K, o_key, None, k_row, HEAD_DIM, HEAD_PADDED)
+        b_v = load_tile(V, o_key, None, v_row, VALUE_DIM, VALUE_PADDED)
         products = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         new_highest = tl.where(keep, tl.maximum(highest, tl.max(products, 1) * scale), highest)
         offset = tl.where(keep, new_highest, float("inf"))
@@ -202,8 +193,8 @@ def _walk_kernel(
     tiles = unit - 5  # log2 of an entry's
     for step in range(whole << tiles, count << tiles):
         o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
-        b_k = _load_tile(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)
-        b_v = _load_tile(V, o_key, o_key < real, v_row, VALUE_DIM, VALUE_PADDED)
+        b_k = load_tile(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)
+        b_v = load_tile(V, o_key, o_key < real, v_row, VALUE_DIM, VALUE_PADDED)
         scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
         scores = tl.where(keep, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
@@ -222,33 +213,6 @@ def _walk_kernel(
     if ROW_SCALE is not None:
         factor *= tl.load(ROW_SCALE + row, mask=m_row, other=0.0).to(tl.float32)
     tl.store(p_out, (acc * factor[:, None]).to(OUT.dtype.element_ty), mask=m_row[:, None] & m_value)
-
-
-@triton.jit
-def _tile_start(ENTRIES, step, steps, unit, TILE: tl.constexpr):
-    """First key of a tile, of the last one if the step is past the end, some key of the first bin if there is none.
-
-    unit: log2 of an entry's keys.
-    """
-    key = tl.minimum(step, steps - 1) * TILE  # counted along the list
-    entry = tl.load(ENTRIES + (key >> unit), mask=steps > 0, other=0)
-    return (entry & -32) + (key & ((1 << unit) - 1))
-
-
-@triton.jit
-def _load_tile(BASE, o_key, m_key, stride, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of a matrix for successive keys, all of them if there is no ``m_key``. [TILE, PADDED]"""
-    o_tile, o_dim = tl.arange(0, o_key.shape[0]), tl.arange(0, PADDED)
-    # One product for the tile: the others are the same for every tile.
-    pointer = BASE + (o_key - o_tile).to(tl.int64)[:, None] * stride
-    pointer += o_tile.to(tl.int64)[:, None] * stride + o_dim[None, :]
-    m_dim = (o_dim < DIM)[None, :]
-    if m_key is None:
-        loaded = tl.load(pointer) if DIM == PADDED else tl.load(pointer, mask=m_dim, other=0.0)
-    else:
-        m_tile = m_key[:, None] if DIM == PADDED else m_key[:, None] & m_dim
-        loaded = tl.load(pointer, mask=m_tile, other=0.0)
-    return loaded
 
 
 @triton.jit

@@ -6,7 +6,7 @@ With 32 bins, rows of 513 keys or more have bins of at least 32 keys, and rows o
 import pytest
 import torch
 
-from sea_kernels import far_field_attention, sparse_attention, triton_wide_lists, triton_wide_rows
+from sea_kernels import far_field_attention, sparse_attention, triton_wide_lists
 from sea_kernels.masks import BinMask, pack_bits
 from sea_kernels.spans import row_spans
 from sea_kernels.triton_common import item_spans
@@ -56,14 +56,14 @@ def whole_entries(mask, keys, *, causal, attention_mask=None):
 @pytest.fixture
 def tiles(monkeypatch):
     """Keys at a time and number of blocks of every launch."""
-    launches, original = [], triton_wide_rows._launches
+    launches, original = [], triton_wide_lists.WideLists.launches
 
     def remember(*args):
         result = original(*args)
         launches.extend((tile, chunk[1]) for chunk, tile in result)
         return result
 
-    monkeypatch.setattr(triton_wide_rows, "_launches", remember)
+    monkeypatch.setattr(triton_wide_lists.WideLists, "launches", remember)
     return launches
 
 
