@@ -192,7 +192,7 @@ def rows_of_level(length, level, NUM_BINS: tl.constexpr):
 def kept_of_tile(p_words, o_key, level, m_row, length):
     """Which rows keep the keys of a tile, if ``m_row`` are those whose bins have ``2^level`` keys. [ROWS, TILE]"""
     word = tl.load(p_words + (tl.min(o_key) >> level >> 5), mask=m_row, other=0)
-    keep = ((word[:, None] >> ((o_key >> level) & 31)[None, :]) & 1) != 0
+    keep = (word[:, None] & (1 << ((o_key >> level) & 31))[None, :]) != 0
     return keep & (o_key[None, :] < length[:, None])
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .masks import BinMask
 from .triton_common import aligned_level, item_span, next_power_of_2, row_span
-from .triton_wide_lists import TILE, WideLists, backward_rows, visit_tile
+from .triton_wide_lists import TILE, WideLists, backward_rows, load_tile, tile_start, visit_tile
 
 LOG2E = 1.4426950408889634
 
@@ -57,10 +57,9 @@ def differentiate_queries_in_bins(
     """
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
-    # Keys come by way of a list: it takes five stages to load some while others are in use.
-    stages = 5 if max(head_dim, value_dim) * query.itemsize <= 256 else 3
+    row_bytes = max(head_dim, value_dim) * query.itemsize
     lists = WideLists(mask, key.shape[2], causal, spans, backward_rows(query, value))
-    for chunk in lists.chunks():
+    for chunk, whole_tile in lists.launches(row_bytes):
         entries = lists.build(*chunk)
         _query_kernel[(chunk[1], batch * heads)](
             query,
@@ -96,11 +95,20 @@ def differentiate_queries_in_bins(
             HEAD_PADDED=max(16, next_power_of_2(head_dim)),
             VALUE_PADDED=max(16, next_power_of_2(value_dim)),
             TILE=TILE,
+            WHOLE_TILE=whole_tile,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **lists.flags(),
-            num_warps=4,
-            num_stages=stages,
+            **_launch_config(query.dtype, row_bytes),
         )
+
+
+def _launch_config(dtype: torch.dtype, row_bytes: int) -> dict:
+    """Launch parameters; ``row_bytes`` of the wider of keys and values."""
+    # Keys of the rest come by way of a list: it takes five stages to load some while others are in use.
+    config = {"num_stages": 3, "REST_STAGES": 5 if row_bytes <= 256 else 3}
+    if dtype.itemsize > 2:  # without matrix units the products take many registers
+        return config | {"num_warps": 8}
+    return config | {"num_warps": 4, "maxnreg": 168 if row_bytes <= 128 else None}
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels", "scale", "scaling"])
@@ -151,6 +159,8 @@ def _query_kernel(
     CAPACITY: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    WHOLE_TILE: tl.constexpr,
+    REST_STAGES: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -161,17 +171,17 @@ def _query_kernel(
     rows = (first_block + block) * ROWS + tl.arange(0, ROWS)
     _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
     level = aligned_level(length, num_levels, NUM_BINS)
-    m_row = rows < num_queries
+    m_row, seeing = rows < num_queries, length > 0
     o_dim, o_value = tl.arange(0, HEAD_PADDED), tl.arange(0, VALUE_PADDED)
     m_dim, m_value = (o_dim < HEAD_DIM)[None, :], (o_value < VALUE_DIM)[None, :]
     row, long_rows = item_head * num_queries + rows, rows.to(tl.int64)[:, None]
     p_q = Q + item * q_item + head * q_head + long_rows * q_row + o_dim[None, :]
-    b_q = tl.load(p_q, mask=m_row[:, None] & m_dim, other=0.0)  # [ROWS, HEAD]
+    b_q = tl.load(p_q, mask=seeing[:, None] & m_dim, other=0.0)  # [ROWS, HEAD]
     p_do = GRAD_OUT + item * g_item + head * g_head + long_rows * g_row + o_value[None, :]
-    b_do = tl.load(p_do, mask=m_row[:, None] & m_value, other=0.0)  # [ROWS, VALUE]
+    b_do = tl.load(p_do, mask=seeing[:, None] & m_value, other=0.0)  # [ROWS, VALUE]
     log_sum = tl.load(LOG_SUM + row, mask=m_row, other=0.0)
     if SO_FAR is not None:
-        delta = tl.load(DELTA + row, mask=m_row, other=0.0)
+        delta = tl.load(DELTA + row, mask=seeing, other=0.0)
         acc = tl.load(SO_FAR + row[:, None] * HEAD_DIM + o_dim[None, :], mask=m_row[:, None] & m_dim, other=0.0)
     else:
         p_out = OUT + row[:, None] * VALUE_DIM + o_value[None, :]
@@ -188,22 +198,50 @@ def _query_kernel(
     V += item * v_item + (head // heads_per_group) * v_head + first.to(tl.int64) * v_row
     place = item_head * tl.num_programs(0) + block
     ENTRIES += place * CAPACITY
-    tiles = tl.load(META + place * 3 + 1) - 5  # log2 of an entry's tiles
+    unit = tl.load(META + place * 3 + 1)  # log2 of an entry's keys
+    count, whole = tl.load(META + place * 3), tl.load(META + place * 3 + 2)
     p_words = BITS + row * (NUM_BINS // 32)
-    for step in range(0, tl.load(META + place * 3) << tiles):
-        o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
-        m_key = (o_key < real)[:, None]
-        b_k = tl.load(K + o_key.to(tl.int64)[:, None] * k_row + o_dim[None, :], mask=m_key & m_dim, other=0.0)
-        b_v = tl.load(V + o_key.to(tl.int64)[:, None] * v_row + o_value[None, :], mask=m_key & m_value, other=0.0)
-        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale
-        weights = tl.exp2(tl.where(keep, scores - log_sum[:, None], float("-inf")))
-        products = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+
+    # Tiles of one bin that all rows see whole, as in the forward pass: a row keeps all of their keys or none.
+    steps = (whole << unit) // WHOLE_TILE
+    start = tile_start(ENTRIES, 0, steps, unit, WHOLE_TILE)
+    next_bin = tile_start(ENTRIES, 1, steps, unit, WHOLE_TILE) >> unit
+    word = tl.load(p_words + (start >> unit >> 5), mask=seeing, other=0)
+    for step in range(0, steps):
+        keep = ((word >> ((start >> unit) & 31)) & 1) != 0
+        word = tl.load(p_words + (next_bin >> 5), mask=seeing, other=0)
+        next_bin = tile_start(ENTRIES, step + 2, steps, unit, WHOLE_TILE) >> unit
+        o_key = start + tl.arange(0, WHOLE_TILE)
+        start = tile_start(ENTRIES, step + 1, steps, unit, WHOLE_TILE)
+        b_k = load_tile(K, o_key, None, k_row, HEAD_DIM, HEAD_PADDED)
+        b_v = load_tile(V, o_key, None, v_row, VALUE_DIM, VALUE_PADDED)
+        products = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        weights = tl.exp2(products * scale - tl.where(keep, log_sum, float("inf"))[:, None])
+        grad_weights = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        acc = _add_keys(weights, grad_weights, b_k, factor, delta, acc, PRECISION)
         if GRAD_SCALE is not None:
-            mean += tl.sum(weights * products, 1)
-        grad_scores = weights * (products * factor[:, None] - delta[:, None])
-        acc += tl.dot(grad_scores.to(b_k.dtype), b_k, input_precision=PRECISION)
+            mean += tl.sum(weights * grad_weights, 1)
+
+    tiles = unit - 5  # log2 of an entry's
+    for step in tl.range(whole << tiles, count << tiles, num_stages=REST_STAGES):
+        o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
+        b_k = load_tile(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)
+        b_v = load_tile(V, o_key, o_key < real, v_row, VALUE_DIM, VALUE_PADDED)
+        products = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        weights = tl.exp2(tl.where(keep, products * scale - log_sum[:, None], float("-inf")))
+        grad_weights = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        acc = _add_keys(weights, grad_weights, b_k, factor, delta, acc, PRECISION)
+        if GRAD_SCALE is not None:
+            mean += tl.sum(weights * grad_weights, 1)
 
     p_grad = GRAD_Q + item * gq_item + head * gq_head + long_rows * gq_row + o_dim[None, :]
     tl.store(p_grad, (acc * scaling).to(GRAD_Q.dtype.element_ty), mask=m_row[:, None] & m_dim)
     if GRAD_SCALE is not None:
         tl.store(GRAD_SCALE + row, mean.to(GRAD_SCALE.dtype.element_ty), mask=m_row)
+
+
+@triton.jit
+def _add_keys(weights, grad_weights, b_k, factor, delta, acc, PRECISION: tl.constexpr):
+    """``acc`` plus the keys of a tile times the gradients of their scores."""
+    grad_scores = weights * (grad_weights * factor[:, None] - delta[:, None])
+    return acc + tl.dot(grad_scores.to(b_k.dtype), b_k, input_precision=PRECISION)

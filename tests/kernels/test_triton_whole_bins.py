@@ -160,3 +160,41 @@ def test_far_field_joins_what_the_rows_have(random_qkv, tiles, queries, keys):
     exact = far_field_attention(*exact, mask, None, backend="reference", **place)
     assert (output.double() - exact).norm() <= 1e-6 * exact.norm()
     assert tiles == [(32 if keys == 640 else 64, -(-queries // ROWS))]
+
+
+def assert_same_gradients(query, key, value, mask, *, causal, attention_mask=None, row_scale=None, tolerance=2e-6):
+    """Every gradient's error against float64 is within ``tolerance`` of its size."""
+    place = {"causal": causal, "scaling": 0.35}
+    place["attention_mask"] = None if attention_mask is None else attention_mask.to(DEVICE)
+    tensors = [x.to(DEVICE) for x in (query, key, value, row_scale) if x is not None]
+    weights = torch.randn(*query.shape[:3], value.shape[-1], generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    grads = []
+    for backend, dtype in (("triton", query.dtype), ("reference", torch.float64)):
+        inputs = [(x if backend == "triton" else x.to(dtype).nan_to_num()).detach().requires_grad_() for x in tensors]
+        scale = inputs[3] if row_scale is not None else None
+        output = sparse_attention(*inputs[:3], mask, row_scale=scale, backend=backend, **place)
+        grads.append(torch.autograd.grad(output, inputs, weights.to(query.dtype).to(dtype)))
+    for ours, exact in zip(*grads, strict=True):
+        assert (ours.double() - exact).norm() <= tolerance * exact.norm()
+    assert not grads[0][0][:, :, ::5].any()
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "heads", "dtype", "tolerance"),
+    [
+        (80, 700, 2, torch.float32, 2e-6),  # bins of 32 keys
+        (200, 1180, 1, torch.float32, 2e-6),  # of 32 in the first rows, then of 64
+        (70, 2120, 1, torch.float16, 2e-3),  # of 128
+    ],
+)
+def test_gradients_behind_a_cache(random_qkv, tiles, monkeypatch, queries, keys, heads, dtype, tolerance):
+    monkeypatch.setattr("sea_kernels.triton_inverse.PART_ROWS", 64)  # a part may begin and end in lists of any kind
+    monkeypatch.setattr("sea_kernels.triton_inverse.PART_MEANS", 1)
+    sizes = {"batch": 1, "heads": heads, "groups": 1, "width": 8, "value_width": 6}
+    query, key, value = (x.to(dtype) for x in random_qkv(queries=queries, keys=keys, **sizes))
+    scale = torch.rand(query.shape[:3], generator=torch.Generator().manual_seed(3)).to(dtype)
+    mask = random_bins(query.shape[:3], share=0.1)
+    assert_same_gradients(query, key, value, mask, causal=True, row_scale=scale, tolerance=tolerance)
+    forward, backward = tiles[: len(tiles) // 2], tiles[len(tiles) // 2 :]
+    assert forward == backward
+    assert {tile for tile, _ in tiles} == {700: {32}, 1180: {32, 64}, 2120: {64}}[keys]
