@@ -20,6 +20,7 @@ from .triton_wide_lists import SPREAD, TILE_LEVEL, WideLists
 UNIT_BITS = 5  # of a list's element that tell apart the units of one tile, which therefore has at most 32 keys
 MOST_CHUNKS = 64  # so that the table of counts grows with the keys alone
 CHUNK_ROWS = 256  # rows in a chunk, at least
+KINDS = 3  # of lists that a unit has of wide ones
 ENTRIES_AT_ONCE = 128
 PART_ROWS = 1024  # rows in a part of a tile, at least
 PART_MEANS = 8  # and at least this many times what a tile has on average
@@ -29,7 +30,9 @@ class InverseLists:
     """For every unit of a head the rows that keep it.
 
     Within a head, unit u of level l has place ``(l - first_level) * units + u``; all lists lie one after another in
-    the order of head and place, so that the lists of neighbouring units of a level are one range (``tile_range``).
+    the order of head and place, so that the lists of neighbouring units of a level are one range (``tile_range``). Of
+    wide lists a unit has three, by kind: those of the entries that all rows of a block see whole are in the second if
+    their bins have less than 64 keys, else in the third.
 
     Args:
         lists: sizes and mask of the entry lists: of runs, or wide ones.
@@ -38,7 +41,8 @@ class InverseLists:
     Attributes:
         rows: int32 ``[bound]``: row times 2^UNIT_BITS, plus the last bits of the unit. Of wide lists block times
             2^UNIT_BITS, plus log2 of the keys of the bin. Only the first ``offsets[-1]`` are filled.
-        offsets: int32 (int64 if there are very many) ``[N * H * levels * units + 1]``: where each list begins.
+        offsets: int32 (int64 if there are very many) ``[N * H * levels * units * kinds + 1]``: where each list begins.
+        kinds: lists of a unit.
         first_level: log2 of the keys of the smallest unit.
         levels: number of sizes of a unit.
         units: places per level.
@@ -47,8 +51,9 @@ class InverseLists:
 
     def __init__(self, lists: EntryLists | WideLists, entries: list[Entries]) -> None:
         self.wide = isinstance(lists, WideLists)
+        self.kinds = KINDS if self.wide else 1
         if self.wide:
-            self.first_level, self.levels = TILE_LEVEL, max(1, lists.levels - TILE_LEVEL)
+            self.first_level, self.levels = TILE_LEVEL, max(lists.least_level + 1, lists.levels) - TILE_LEVEL
             self.units, self.rows_each, block_rows = lists.num_bins + SPREAD, lists.rows, lists.rows
             bound = lists.blocks * lists.capacity
         else:
@@ -68,7 +73,7 @@ class InverseLists:
         blocks = triton.cdiv(lists.num_queries, block_rows)
         chunk_blocks = max(triton.cdiv(CHUNK_ROWS, block_rows), triton.cdiv(blocks, MOST_CHUNKS))
         chunks = triton.cdiv(blocks, chunk_blocks)
-        counts = torch.zeros(heads * self.levels * self.units * chunks, dtype=torch.int32, device=device)
+        counts = torch.zeros(heads * self.levels * self.units * self.kinds * chunks, dtype=torch.int32, device=device)
         sizes = self.first_level, self.levels, self.units, chunks, chunk_blocks, lists.capacity
         flags = {"WIDE": self.wide, "TILE": ENTRIES_AT_ONCE, "num_warps": 4}
         for part in entries:
@@ -87,15 +92,18 @@ class InverseLists:
 
 
 @triton.jit
-def tile_range(OFFSETS, item_head, level, first_key, first_level, levels, units, KEYS: tl.constexpr):
+def tile_range(
+    OFFSETS, item_head, level, first_key, first_level, levels, units, KEYS: tl.constexpr, KINDS: tl.constexpr = 1
+):
     """Begin and end in ``rows`` of the lists of a level's units that hold one of ``KEYS`` keys from ``first_key`` on.
 
-    first_key: a multiple of KEYS, a power of two of at most 32.
+    first_key: a multiple of KEYS, a power of two.
     """
     place = (item_head * levels + (level - first_level)) * units
     first = tl.minimum(first_key >> level, units)
     last = tl.minimum((first_key + KEYS + (1 << level) - 1) >> level, units)
-    return tl.load(OFFSETS + place + first).to(tl.int64), tl.load(OFFSETS + place + last).to(tl.int64)
+    begin, end = (place + first) * KINDS, (place + last) * KINDS
+    return tl.load(OFFSETS + begin).to(tl.int64), tl.load(OFFSETS + end).to(tl.int64)
 
 
 @triton.jit
@@ -109,15 +117,24 @@ def _count_bits(bits):
 
 @triton.jit
 def _count_and_level(META, list_, WIDE: tl.constexpr):
-    """Number of entries of a list, and log2 of their keys."""
+    """Number of entries of a list, log2 of their keys, and how many are bins that all rows see whole."""
     META += list_ * (3 if WIDE else 2)
-    return tl.load(META), tl.load(META + 1)
+    count, level = tl.load(META), tl.load(META + 1)
+    return count, level, tl.load(META + 2) if WIDE else 0
 
 
 @triton.jit
 def _unit_of(entry, level, WIDE: tl.constexpr):
     """Index of an entry's unit among those of its level."""
     return (entry if WIDE else entry >> 16) >> level
+
+
+@triton.jit
+def _list_of(unit, entry, whole, WIDE: tl.constexpr):
+    """Index among all lists of the one for an entry of a unit."""
+    if WIDE:
+        unit = unit * 3 + tl.where(whole, tl.where((entry & 31) < 6, 1, 2), 0)
+    return unit
 
 
 @triton.jit(
@@ -149,7 +166,7 @@ def _count_kernel(
 ):
     block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     list_ = item_head * num_blocks + block
-    count, level = _count_and_level(META, list_, WIDE)
+    count, level, whole = _count_and_level(META, list_, WIDE)
     place = (item_head * levels + (level - first_level)) * units
     chunk = (first_block + block) // chunk_blocks
     for offset in range(0, count, TILE):
@@ -157,7 +174,8 @@ def _count_kernel(
         m_entry = o_entry < count
         entry = tl.load(ENTRIES + list_ * capacity + o_entry, mask=m_entry, other=0)
         rows = m_entry.to(tl.int32) if WIDE else _count_bits((entry & 0xFFFF).to(tl.int32))
-        p_count = COUNTS + (place + _unit_of(entry, level, WIDE)) * chunks + chunk
+        place_in = _list_of(place + _unit_of(entry, level, WIDE), entry, o_entry < whole, WIDE)
+        p_count = COUNTS + place_in * chunks + chunk
         tl.atomic_add(p_count, rows, mask=m_entry, sem="relaxed")  # of integers: any order gives the same sum
 
 
@@ -199,7 +217,7 @@ def _fill_kernel(
     end = tl.minimum((chunk + 1) * chunk_blocks - first_block, num_blocks)
     for block in range(begin, end):
         list_ = item_head * num_blocks + block
-        count, level = _count_and_level(META, list_, WIDE)
+        count, level, whole = _count_and_level(META, list_, WIDE)
         place = (item_head * levels + (level - first_level)) * units
         p_entry = ENTRIES + list_ * capacity
         for offset in range(0, count, TILE):
@@ -210,7 +228,7 @@ def _fill_kernel(
             # A unit can come twice, each time for other rows, but never twice within an ascending part.
             unit = _unit_of(entry, level, WIDE)
             part = tl.cumsum((m_entry & (unit <= _unit_of(before, level, WIDE))).to(tl.int32), 0)
-            o_count = (place + unit) * chunks + chunk
+            o_count = _list_of(place + unit, entry, o_entry < whole, WIDE) * chunks + chunk
             for current in range(0, tl.max(part) + 1):
                 m_part = m_entry & (part == current)
                 left = tl.load(COUNTS + o_count, mask=m_part, other=0)
@@ -255,7 +273,7 @@ def cut_tiles(inverse: InverseLists, num_keys: int, tile_keys: int, heads: int, 
     Args:
         inverse: the lists.
         num_keys: S.
-        tile_keys: keys of a tile, a power of two of at most 32.
+        tile_keys: keys of a tile, a power of two; of lists that are not wide at most 32.
         heads: N * H, the query heads of all items.
         members: H / G; tile i is tile ``i % ceil(S / tile_keys)`` of key head ``i // ceil(S / tile_keys)``.
     """
@@ -272,6 +290,7 @@ def cut_tiles(inverse: InverseLists, num_keys: int, tile_keys: int, heads: int, 
         inverse.levels,
         inverse.units,
         KEYS=tile_keys,
+        KINDS=inverse.kinds,
         TILES=64,
     )
     size = (rows.sum() * PART_MEANS // tiles + 1).clamp_min(max(1, PART_ROWS // inverse.rows_each))
@@ -284,13 +303,22 @@ def cut_tiles(inverse: InverseLists, num_keys: int, tile_keys: int, heads: int, 
 
 @triton.jit(do_not_specialize=["per_head", "members", "first_level", "levels", "units"])
 def _tile_rows_kernel(
-    OFFSETS, OUT, per_head, members, first_level, levels, units, KEYS: tl.constexpr, TILES: tl.constexpr
+    OFFSETS,
+    OUT,
+    per_head,
+    members,
+    first_level,
+    levels,
+    units,
+    KEYS: tl.constexpr,
+    KINDS: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     head = tl.program_id(1).to(tl.int64)
     o_tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
     total = tl.zeros([TILES], tl.int64)
     for segment in range(0, members * levels):
         item_head, level = head * members + segment // levels, first_level + segment % levels
-        begin, end = tile_range(OFFSETS, item_head, level, o_tile * KEYS, first_level, levels, units, KEYS)
+        begin, end = tile_range(OFFSETS, item_head, level, o_tile * KEYS, first_level, levels, units, KEYS, KINDS)
         total += end - begin
     tl.store(OUT + head * per_head + o_tile, total.to(tl.int32), mask=o_tile < per_head)

@@ -38,7 +38,8 @@ class WideLists:
     The lists come as :class:`Entries` whose ``packed``, int32, holds an entry's first key, a multiple of 32, plus log2
     of the keys of the bin, and whose ``meta``, int32 ``[N * H, blocks, 3]``, adds a number to theirs: how many entries,
     from the first on, are bins that the block's rows see whole. It is 0 in blocks whose rows' bins have several widths,
-    or are smaller than an entry.
+    or are smaller than an entry. Entries of at least 64 keys (``least_level``) count with smaller bins as well, if the
+    rows see all of their keys.
 
     Args:
         mask: aligned bins.
@@ -46,11 +47,21 @@ class WideLists:
         causal: whether a row sees only keys up to its own position.
         spans: int32 ``[N, 2]`` of ``triton_common.item_spans``, or None.
         rows: of a block.
+        least_level: log2 of the keys of the smallest entry, 5 or 6. Blocks with bins of one key have entries of 32 keys
+            nevertheless, since a word of a row's bits has bits for no more.
     """
 
-    def __init__(self, mask: BinMask, num_keys: int, causal: bool, spans: Tensor | None, rows: int) -> None:
+    def __init__(
+        self,
+        mask: BinMask,
+        num_keys: int,
+        causal: bool,
+        spans: Tensor | None,
+        rows: int,
+        least_level: int = TILE_LEVEL,
+    ) -> None:
         self.bits, self.num_bins, self.num_keys = mask.bits.contiguous(), mask.num_bins, num_keys
-        self.causal, self.spans, self.rows = causal, spans, rows
+        self.causal, self.spans, self.rows, self.least_level = causal, spans, rows, least_level
         self.batch, self.heads, self.num_queries, _ = mask.bits.shape
         self.blocks = cdiv(self.num_queries, rows)
         self.levels = count_levels(num_keys, mask.num_bins)
@@ -97,6 +108,7 @@ class WideLists:
             first_block,
             self.levels,
             WORDS_PADDED=next_power_of_2(self.num_bins // 32),
+            LEAST_LEVEL=self.least_level,
             **self.flags(),
             num_warps=4,
         )
@@ -126,6 +138,7 @@ def _list_kernel(
     num_levels,
     NUM_BINS: tl.constexpr,
     WORDS_PADDED: tl.constexpr,
+    LEAST_LEVEL: tl.constexpr,
     CAPACITY: tl.constexpr,
     ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -139,7 +152,7 @@ def _list_kernel(
     level = aligned_level(length, num_levels, NUM_BINS)
     longest, shortest = tl.max(length), tl.min(tl.where(length > 0, length, 2147483647))
     low, high = tl.min(tl.where(length > 0, level, 31)), tl.max(level)
-    unit = tl.maximum(low, 5)  # log2 of an entry's keys: a tile, or a bin if that is wider
+    unit = tl.maximum(low, tl.where(low > 0, LEAST_LEVEL, 5))  # log2 of an entry's keys: a tile, or a wider bin
     place = item_head * tl.num_programs(0) + block
     WORDS: tl.constexpr = NUM_BINS // 32
     o_word, o_bin = tl.arange(0, WORDS_PADDED), tl.arange(0, WORDS_PADDED * 32)
@@ -164,7 +177,8 @@ def _list_kernel(
         whole += tl.sum((listed & (start + (1 << unit) <= shortest)).to(tl.int32), 0)
     tl.store(META + place * 3, count)
     tl.store(META + place * 3 + 1, unit)
-    tl.store(META + place * 3 + 2, tl.where((low == high) & (low == unit), whole, 0))
+    one_level = (low == high) & ((low == unit) | ((LEAST_LEVEL > 5) & (low > 0)))
+    tl.store(META + place * 3 + 2, tl.where(one_level, whole, 0))
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 A program takes a tile of keys of one key head and walks the blocks of rows that list it, which ``triton_inverse.py``
 finds, for every query head that reads the keys. Tiles with long lists are cut into parts whose sums are added in a
-fixed order. The sums are kept transposed, so that a product's first factor has as many rows as the matrix units want.
+fixed order. Weights have a row for every key, so that they are first factors of the products without leaving their
+registers, and as many rows as the matrix units want.
 """
 
 from collections.abc import Iterator
@@ -13,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .masks import BinMask, mask_of_heads
-from .triton_common import cdiv, item_span, next_power_of_2, row_span
-from .triton_inverse import MOST_CHUNKS, UNIT_BITS, InverseLists, cut_tiles, tile_range
-from .triton_wide_lists import TILE, WideLists, backward_rows, kept_of_tile, rows_of_level
+from .triton_common import aligned_level, cdiv, item_span, next_power_of_2
+from .triton_inverse import KINDS, MOST_CHUNKS, UNIT_BITS, InverseLists, cut_tiles
+from .triton_wide_lists import WideLists, load_tile, rows_of_level, rows_per_block
 
+KEYS, KEYS_LEVEL = 64, 6  # of a tile, and log2 of them
 LOG2E = 1.4426950408889634
 BUFFER_BYTES = 1 << 29  # about, of the lists of the heads that are taken together
 
@@ -54,19 +56,19 @@ def differentiate_keys_in_bins(
         spans: int32 ``[N, 2]`` of ``triton_common.item_spans``, or None.
         row_scale: None, or float32 ``[N, H, T]``, contiguous, factor of every row's result.
     """
-    members, rows = query.shape[1] // key.shape[1], backward_rows(query, value)
-    whole = WideLists(mask, key.shape[2], causal, spans, rows)
+    members, rows = query.shape[1] // key.shape[1], rows_per_block(query, value)
+    whole = WideLists(mask, key.shape[2], causal, spans, rows, KEYS_LEVEL)
     for groups in _slices(whole, key.shape[1], members):
         heads = slice(groups.start * members, groups.stop * members)
-        lists = WideLists(mask_of_heads(mask, heads), key.shape[2], causal, spans, rows)
+        lists = WideLists(mask_of_heads(mask, heads), key.shape[2], causal, spans, rows, KEYS_LEVEL)
         own = (None if x is None else x[:, heads] for x in (query, grad_output, log_sums, delta, row_scale))
         _differentiate(*own, *(x[:, groups] for x in (key, value, grad_key, grad_value)), lists, scaling)
 
 
 def _slices(lists: WideLists, groups: int, members: int) -> Iterator[slice]:
     """Key heads to be taken together, so that their lists stay small."""
-    # Every entry comes again in a tile's list, and a table sorts them.
-    size = 8 * lists.capacity * (lists.blocks + MOST_CHUNKS * lists.levels)
+    # Every entry comes again in a tile's list, and a table with two numbers for each of a unit's lists sorts them.
+    size = 8 * lists.capacity * (lists.blocks + KINDS * MOST_CHUNKS * lists.levels // 2)
     at_once = max(1, BUFFER_BYTES // (lists.batch * members * size))
     for first in range(0, groups, at_once):
         yield slice(first, min(first + at_once, groups))
@@ -88,9 +90,9 @@ def _differentiate(
     batch, heads, num_queries, head_dim = query.shape
     groups, num_keys, value_dim = value.shape[1:]
     inverse = InverseLists(lists, [lists.build(*chunk) for chunk in lists.chunks()])
-    parts = cut_tiles(inverse, num_keys, TILE, batch * heads, heads // groups)
-    sums = log_sums.new_empty(len(parts.tile), head_dim + value_dim, TILE)
-    tiles, tensors = cdiv(num_keys, TILE), (query, key, value, grad_output, grad_key, grad_value)
+    parts = cut_tiles(inverse, num_keys, KEYS, batch * heads, heads // groups)
+    sums = log_sums.new_empty(len(parts.tile), KEYS, head_dim + value_dim)
+    tiles, tensors = cdiv(num_keys, KEYS), (query, key, value, grad_output, grad_key, grad_value)
     all_tiles = batch * groups * tiles
     args = [*tensors, log_sums, delta, row_scale, lists.bits, lists.spans]
     args += [inverse.rows, inverse.offsets, parts.size, parts.ends, parts.tile, sums]
@@ -104,7 +106,7 @@ def _differentiate(
         "VALUE_PADDED": max(16, next_power_of_2(value_dim)),
         "NUM_BINS": lists.num_bins,
         "ROWS": lists.rows,
-        "TILE": TILE,
+        "TILE": KEYS,
         "UNIT_BITS": UNIT_BITS,
         "CAUSAL": lists.causal,
         "HAS_PADDING": lists.spans is not None,
@@ -116,11 +118,9 @@ def _differentiate(
 
 
 def _launch_config(dtype: torch.dtype, row_bytes: int) -> dict:
-    """Launch parameters for the wider of query and value, such that three or two programs share a multiprocessor."""
-    narrow = dtype.itemsize == 2 and row_bytes <= 128
-    config = {"num_warps": 4 if dtype.itemsize == 2 and row_bytes <= 256 else 8}
-    # Rows come by way of a list: it takes five stages to load some while others are in use.
-    return config | {"num_stages": 5 if narrow else 3, "maxnreg": 168 if narrow else None}
+    """Launch parameters; ``row_bytes`` of the wider of queries and values."""
+    narrow = dtype.itemsize == 2 and row_bytes <= 256
+    return {"num_warps": 4 if narrow else 8, "num_stages": 3, "maxnreg": 255}
 
 
 @triton.jit(
@@ -216,68 +216,108 @@ def _key_kernel(
     o_tile, o_row = tl.arange(0, TILE), tl.arange(0, ROWS)
     o_key = tile * TILE + o_tile
     m_key = o_key < real
-    o_dim, o_value = tl.arange(0, HEAD_PADDED), tl.arange(0, VALUE_PADDED)
-    m_dim, m_value = (o_dim < HEAD_DIM)[None, :], (o_value < VALUE_DIM)[None, :]
-    key_row = (first + o_key).to(tl.int64)[:, None]
-    p_k = K + item * k_item + group * k_head + key_row * k_row + o_dim[None, :]
-    b_k = tl.load(p_k, mask=m_key[:, None] & m_dim, other=0.0)  # [TILE, HEAD]
-    p_v = V + item * v_item + group * v_head + key_row * v_row + o_value[None, :]
-    b_v = tl.load(p_v, mask=m_key[:, None] & m_value, other=0.0)  # [TILE, VALUE]
-    grad_k = tl.zeros([HEAD_PADDED, TILE], tl.float32)
-    grad_v = tl.zeros([VALUE_PADDED, TILE], tl.float32)
+    K += item * k_item + group * k_head + first.to(tl.int64) * k_row
+    V += item * v_item + group * v_head + first.to(tl.int64) * v_row
+    b_k = load_tile(K, o_key, m_key, k_row, HEAD_DIM, HEAD_PADDED)  # [TILE, HEAD]
+    b_v = load_tile(V, o_key, m_key, v_row, VALUE_DIM, VALUE_PADDED)  # [TILE, VALUE]
+    grad_k = tl.zeros([TILE, HEAD_PADDED], tl.float32)
+    grad_v = tl.zeros([TILE, VALUE_PADDED], tl.float32)
+    before = num_keys - num_queries - first  # position of the first row
+    low_row, high_row = tl.maximum(-before, 0), tl.minimum(num_queries, real - before)  # rows outside see no keys
+    # Blocks of rows with smaller bins than 2^least keys do not see the tile. From here on levels are the lists'.
+    least = aligned_level(tile * TILE - ROWS + 1, first_level + levels, NUM_BINS)
+    least = tl.where(least > 0, tl.maximum(least - first_level, 1), 0)
     seen = item_group * 0  # blocks in the lists so far
-    for segment in range(0, members * levels):
-        head = group * members + segment // levels
-        item_head = item_group * members + segment // levels
-        unit = first_level + segment % levels
-        begin, end = tile_range(OFFSETS, item_head, unit, tile * TILE, first_level, levels, units, TILE)
-        start = begin + tl.maximum(low - seen, 0)
-        stop = tl.minimum(end, begin + (high - seen))
-        seen += end - begin
-        p_q = Q + item * q_item + head * q_head + o_dim[None, :]
-        p_do = GRAD_OUT + item * g_item + head * g_head + o_value[None, :]
+    for segment in range(0, members * (levels - least)):
+        member, level = segment // (levels - least), least + segment % (levels - least)
+        head, item_head, unit = group * members + member, item_group * members + member, first_level + level
+        p_q, p_do = Q + item * q_item + head * q_head, GRAD_OUT + item * g_item + head * g_head
+        p_words = BITS + item_head * num_queries * (NUM_BINS // 32)
         row_place = item * r_item + head * r_head
-        for step in range(0, tl.maximum(stop - start, 0).to(tl.int32)):
-            # As a vector, since Triton prefetches no rows whose address depends on the load of a single number.
-            element = tl.load(LISTED + start + step + o_row * 0)
-            level = tl.max(element & ((1 << UNIT_BITS) - 1))
-            rows = (element >> UNIT_BITS) * ROWS + o_row
-            m_row, long_rows = rows < num_queries, rows.to(tl.int64)[:, None]
-            b_q = tl.load(p_q + long_rows * q_row, mask=m_row[:, None] & m_dim, other=0.0)  # [ROWS, HEAD]
-            b_do = tl.load(p_do + long_rows * g_row, mask=m_row[:, None] & m_value, other=0.0)  # [ROWS, VALUE]
-            log_sum = tl.load(LOG_SUM + row_place + rows, mask=m_row, other=0.0)
-            delta = tl.load(DELTA + row_place + rows, mask=m_row, other=0.0)
-            _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
-            p_words = BITS + (item_head * num_queries + rows) * (NUM_BINS // 32)
-            keep = kept_of_tile(p_words, o_key, level, rows_of_level(length, level, NUM_BINS), length)
-            scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [ROWS, TILE]
-            weights = tl.exp2(tl.where(keep, scores - log_sum[:, None], float("-inf")))
-            products = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-            shares = weights
-            if ROW_SCALE is not None:
-                factor = tl.load(ROW_SCALE + row_place + rows, mask=m_row, other=0.0)[:, None]
-                products *= factor
-                shares *= factor
-            grad_v += tl.dot(tl.trans(b_do), shares.to(b_do.dtype), input_precision=PRECISION)
-            grad_scores = weights * (products - delta[:, None])
-            grad_k += tl.dot(tl.trans(b_q), grad_scores.to(b_q.dtype), input_precision=PRECISION)
+        # A unit of at least the tile's keys has three lists, one after another. Of smaller ones the tile has two, whose
+        # lists make one: the others are empty. The blocks of the second half of the keys begin at ``half``.
+        p_list = OFFSETS + ((item_head * levels + level) * units + ((tile * TILE) >> unit)) * 3
+        end, half = tl.load(p_list).to(tl.int64), tl.load(p_list + 1).to(tl.int64)
+        last = tl.where(unit > 5, 0, 6)
+        ends = (
+            tl.load(p_list + tl.maximum(last, 1)),
+            tl.load(p_list + tl.maximum(last, 2)),
+            tl.load(p_list + tl.maximum(last, 3)),
+        )
+        # 0: rows keep any keys, 1: of bins that they all see whole, 2: of one such bin, and so all of them or none.
+        for kind in tl.static_range(3):
+            begin, end = end, ends[kind].to(tl.int64)
+            start, stop = begin + tl.maximum(low - seen, 0), tl.minimum(end, begin + (high - seen))
+            count = tl.maximum(stop - start, 0).to(tl.int32)
+            seen += end - begin
+            element = tl.load(LISTED + start, mask=count > 0, other=0)
+            for step in range(0, count):
+                bin_level, first_row = element & ((1 << UNIT_BITS) - 1), (element >> UNIT_BITS) * ROWS
+                rows, first_key = first_row + o_row, tile * TILE
+                m_row = (rows >= low_row) & (rows < high_row)
+                b_q = load_tile(p_q, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)  # [ROWS, HEAD]
+                b_do = load_tile(p_do, rows, m_row, g_row, VALUE_DIM, VALUE_PADDED)  # [ROWS, VALUE]
+                log_sum, delta, factor = _load_numbers(LOG_SUM, DELTA, ROW_SCALE, row_place + rows, m_row)
+                if kind == 0:
+                    m_row &= rows_of_level(before + rows + 1 if CAUSAL else real, bin_level, NUM_BINS)
+                    first_key += tl.where(start + step < half, 0, 32)
+                if kind == 2:
+                    bin_level = unit
+                word = tl.load(p_words + rows * (NUM_BINS // 32) + (first_key >> bin_level >> 5), mask=m_row, other=0)
+                # The next block comes one step early, so that no row waits for its number.
+                element = tl.load(LISTED + start + tl.minimum(step + 1, count - 1))
+                products = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [TILE, ROWS]
+                if kind == 2:
+                    keep = ((word >> ((first_key >> unit) & 31)) & 1) != 0
+                    weights = tl.exp2(products * scale - tl.where(keep, log_sum, float("inf"))[None, :])
+                else:
+                    bit = 1 << ((o_key >> bin_level) & 31)
+                    if kind == 0:
+                        bit = tl.where((unit > 5) | (o_key >> 5 == first_key >> 5), bit, 0)
+                    keep = (word[None, :] & bit[:, None]) != 0
+                    if CAUSAL and kind == 0:
+                        keep &= (o_key - before - first_row)[:, None] <= o_row[None, :]
+                    weights = tl.exp2(tl.where(keep, products * scale - log_sum[None, :], float("-inf")))
+                grad_k, grad_v = _add_rows(weights, b_q, b_do, b_v, factor, delta, grad_k, grad_v, PRECISION)
 
     WIDTH: tl.constexpr = HEAD_DIM + VALUE_DIM
-    o_k, o_v = o_dim[:, None] * TILE + o_tile[None, :], (HEAD_DIM + o_value)[:, None] * TILE + o_tile[None, :]
-    m_k, m_v = (o_dim < HEAD_DIM)[:, None], (o_value < VALUE_DIM)[:, None]
+    o_dim, o_value = tl.arange(0, HEAD_PADDED)[None, :], tl.arange(0, VALUE_PADDED)[None, :]
+    m_dim, m_value = o_dim < HEAD_DIM, o_value < VALUE_DIM
+    o_k, o_v = o_tile[:, None] * WIDTH + o_dim, o_tile[:, None] * WIDTH + HEAD_DIM + o_value
     if EXTRA:
         SUMS += program.to(tl.int64) * (TILE * WIDTH)
-        tl.store(SUMS + o_k, grad_k, mask=m_k)
-        tl.store(SUMS + o_v, grad_v, mask=m_v)
+        tl.store(SUMS + o_k, grad_k, mask=m_dim)
+        tl.store(SUMS + o_v, grad_v, mask=m_value)
     else:
         extra = tl.load(PART_ENDS + place)
         SUMS += extra.to(tl.int64) * (TILE * WIDTH)
         for _ in range(extra, tl.load(PART_ENDS + place + 1)):
-            grad_k += tl.load(SUMS + o_k, mask=m_k, other=0.0)
-            grad_v += tl.load(SUMS + o_v, mask=m_v, other=0.0)
+            grad_k += tl.load(SUMS + o_k, mask=m_dim, other=0.0)
+            grad_v += tl.load(SUMS + o_v, mask=m_value, other=0.0)
             SUMS += TILE * WIDTH
-        p_k = GRAD_K + item * gk_item + group * gk_head + key_row * gk_row + o_dim[None, :]
-        grad_k = tl.trans(grad_k * scaling).to(GRAD_K.dtype.element_ty)
-        tl.store(p_k, grad_k, mask=m_key[:, None] & m_dim)
-        p_v = GRAD_V + item * gv_item + group * gv_head + key_row * gv_row + o_value[None, :]
-        tl.store(p_v, tl.trans(grad_v).to(GRAD_V.dtype.element_ty), mask=m_key[:, None] & m_value)
+        key_row = (first + o_key).to(tl.int64)[:, None]
+        p_k = GRAD_K + item * gk_item + group * gk_head + key_row * gk_row + o_dim
+        tl.store(p_k, (grad_k * scaling).to(GRAD_K.dtype.element_ty), mask=m_key[:, None] & m_dim)
+        p_v = GRAD_V + item * gv_item + group * gv_head + key_row * gv_row + o_value
+        tl.store(p_v, grad_v.to(GRAD_V.dtype.element_ty), mask=m_key[:, None] & m_value)
+
+
+@triton.jit
+def _load_numbers(LOG_SUM, DELTA, ROW_SCALE, row, m_row):
+    """log2 of some rows' sums, their deltas and factors."""
+    log_sum = tl.load(LOG_SUM + row, mask=m_row, other=0.0)
+    delta = tl.load(DELTA + row, mask=m_row, other=0.0)
+    factor = tl.full(row.shape, 1.0, tl.float32)
+    if ROW_SCALE is not None:
+        factor = tl.load(ROW_SCALE + row, mask=m_row, other=0.0)
+    return log_sum, delta, factor
+
+
+@triton.jit
+def _add_rows(weights, b_q, b_do, b_v, factor, delta, grad_k, grad_v, PRECISION: tl.constexpr):
+    """Gradients of a tile's keys and values with those of some rows, from its weights [TILE, ROWS] in them."""
+    grad_weights = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    grad_v += tl.dot((weights * factor[None, :]).to(b_do.dtype), b_do, input_precision=PRECISION)
+    grad_scores = weights * (grad_weights * factor[None, :] - delta[None, :])
+    grad_k += tl.dot(grad_scores.to(b_q.dtype), b_q, input_precision=PRECISION)
+    return grad_k, grad_v

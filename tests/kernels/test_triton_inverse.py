@@ -1,5 +1,7 @@
 """The inverted entry lists against the dense mask, in the interpreter where there is no GPU."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from sea_kernels.masks import BinMask, RunMask, kept_keys, pack_bits, unpack_bit
 from sea_kernels.spans import row_spans
 from sea_kernels.triton_common import item_spans
 from sea_kernels.triton_entries import EntryLists
-from sea_kernels.triton_inverse import UNIT_BITS, InverseLists, cut_tiles
+from sea_kernels.triton_inverse import KINDS, UNIT_BITS, InverseLists, cut_tiles
 from sea_kernels.triton_wide_lists import SPREAD, WideLists
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -69,53 +71,70 @@ def to_cpu(mask):
     return RunMask(mask.starts.cpu(), mask.width, mask.window, mask.stride)
 
 
-def wide_lists(mask, keys, rows, attention_mask=None):
-    lists = WideLists(mask, keys, True, item_spans(attention_mask), rows)
-    return lists, InverseLists(lists, [lists.build(*chunk) for chunk in lists.chunks()])
-
-
-def listed_tiles(inverse, lists):
-    """How often each (head, block, level, tile of keys) is listed, and whether the blocks of every list ascend."""
+def listed_tiles(inverse, lists, length, level):
+    """How often each (head, block, level, tile of keys) is listed. The blocks of a list ascend and fit its kind."""
     shape = lists.heads, lists.blocks, lists.levels, inverse.units << inverse.levels
     listed, place = torch.zeros(shape, dtype=torch.int64), 0
     offsets, elements = inverse.offsets.tolist(), inverse.rows.tolist()
-    for head in range(lists.heads):
-        for tiles in (1 << level for level in range(inverse.levels)):
-            for unit in range(inverse.units):
-                found = elements[offsets[place] : offsets[place + 1]]
-                assert found == sorted(found)
-                for element in found:
-                    block, level = element >> UNIT_BITS, element % 2**UNIT_BITS
-                    listed[head, block, level, unit * tiles : (unit + 1) * tiles] += 1
-                place += 1
+    for head, unit_level, unit, kind in itertools.product(
+        range(lists.heads), range(5, 5 + inverse.levels), range(inverse.units), range(KINDS)
+    ):
+        found = elements[offsets[place] : offsets[place + 1]]
+        assert found == sorted(found)
+        tiles = slice(unit << (unit_level - 5), (unit + 1) << (unit_level - 5))
+        for element in found:
+            block, bin_level = element >> UNIT_BITS, element % 2**UNIT_BITS
+            rows = slice(block * lists.rows, (block + 1) * lists.rows)
+            seeing = length[rows] > 0
+            whole = (level[rows][seeing] == bin_level).all() and length[rows][seeing].min() >= tiles.stop * 32
+            whole = whole and (bin_level == unit_level or (unit_level == lists.least_level > 5))
+            assert kind == (0 if not whole else 1 if bin_level < 6 else 2)
+            listed[head, block, bin_level, tiles] += 1
+        place += 1
     assert place + 1 == len(offsets)
     return listed
 
 
-def assert_wide_inverse(queries, keys, rows, attention_mask=None):
-    """Each block is listed once, with each of its levels, for the tiles of bins that its rows of that level keep."""
+def assert_wide_inverse(queries, keys, rows, attention_mask=None, least_level=5):
+    """Each block is listed once, with each of its levels, for the entries in which its rows of that level keep bins."""
     mask = random_bins(2, queries, share=0.1)
     length = row_spans(1, queries, keys, causal=True, attention_mask=attention_mask).length[0]
     level = torch.stack([length > (32 << step) for step in range(12)]).sum(0)
     index = torch.arange(32)
     kept = unpack_bits(mask.bits.cpu()[0], 32) & ((index << level[:, None]) < length[:, None])
     mask.bits.copy_(pack_bits(kept)[None])
-    lists, inverse = wide_lists(mask, keys, rows, None if attention_mask is None else attention_mask.to(DEVICE))
-    listed = listed_tiles(inverse, lists)
+    real = None if attention_mask is None else attention_mask.to(DEVICE)
+    lists = WideLists(mask, keys, True, item_spans(real), rows, least_level)
+    inverse = InverseLists(lists, [lists.build(*chunk) for chunk in lists.chunks()])
+    listed = listed_tiles(inverse, lists, length, level)
     expected = torch.zeros_like(listed)
     for head, row, bin_ in kept.nonzero().tolist():
-        width = 1 << int(level[row])
-        expected[head, row // rows, level[row], bin_ * width // 32 : -(-(bin_ + 1) * width // 32)] = 1
+        block, width = row // rows, 1 << int(level[row])
+        seen = slice(block * rows, (block + 1) * rows)
+        low = int(level[seen][length[seen] > 0].min())
+        entry = 1 << max(low, least_level if low > 0 else 5)
+        tiles = slice(bin_ * width // entry * entry // 32, -(-(bin_ + 1) * width // entry) * entry // 32)
+        expected[head, block, level[row], tiles] = 1
     assert torch.equal(listed, expected)
     return lists
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "sides"),
-    [(63, 63, None), (1, 40, None), (111, 150, [(40, 7)]), (90, 1060, None), (40, 2070, None)],
+    ("queries", "keys", "sides", "least_level"),
+    [
+        (63, 63, None, 5),
+        (1, 40, None, 5),
+        (111, 150, [(40, 7)], 5),
+        (90, 1060, None, 5),
+        (40, 2070, None, 5),
+        (90, 90, None, 6),
+        (111, 550, [(40, 7)], 6),
+        (90, 1060, None, 6),
+    ],
 )
-def test_blocks_of_wide_lists(padding_mask, queries, keys, sides):
-    assert_wide_inverse(queries, keys, 32, None if sides is None else padding_mask(keys, sides))
+def test_blocks_of_wide_lists(padding_mask, queries, keys, sides, least_level):
+    real = None if sides is None else padding_mask(keys, sides)
+    assert_wide_inverse(queries, keys, 32, real, least_level)
 
 
 def test_many_chunks_and_many_launches_of_wide_lists(monkeypatch):

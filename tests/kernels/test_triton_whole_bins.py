@@ -198,3 +198,12 @@ def test_gradients_behind_a_cache(random_qkv, tiles, monkeypatch, queries, keys,
     forward, backward = tiles[: len(tiles) // 2], tiles[len(tiles) // 2 :]
     assert forward == backward
     assert {tile for tile, _ in tiles} == {700: {32}, 1180: {32, 64}, 2120: {64}}[keys]
+
+
+@pytest.mark.parametrize(("causal", "queries"), [(True, 70), (False, 550)])
+def test_gradients_with_padding_on_both_sides(random_qkv, padding_mask, causal, queries):
+    sizes = {"batch": 1, "heads": 1, "groups": 1, "width": 4, "value_width": 4}
+    query, key, value = (x.float() for x in random_qkv(queries=queries, keys=550, **sizes))
+    real = padding_mask(550, [(21, 9)])
+    query[~real[:, None, 550 - queries :]] = float("nan")  # padding rows never matter
+    assert_same_gradients(query, key, value, random_bins(query.shape[:3]), causal=causal, attention_mask=real)
