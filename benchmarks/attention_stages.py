@@ -13,7 +13,7 @@ from torch import nn
 import sea_kernels
 
 OPERATIONS = (
-    "pooled_scores",
+    "weighted_scores",
     "pooled_selection",
     "select_bins",
     "second_look",

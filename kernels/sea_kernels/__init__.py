@@ -6,7 +6,7 @@ from .far_field import count_pooled, far_field_attention
 from .linear_attention import LinearState, linear_attention
 from .masks import HeadKeys
 from .mix_average import mix_average
-from .pooled_scores import pooled_scores
+from .pooled_scores import pooled_scores, weighted_scores
 from .pooled_selection import pooled_selection
 from .second_look import second_look
 from .select_bins import select_bins
@@ -32,4 +32,5 @@ __all__ = [
     "teacher_statistics",
     "to_dense",
     "to_flat_csr",
+    "weighted_scores",
 ]

@@ -21,12 +21,15 @@ def pool_bins(
     levels: int,
     spans: Tensor | None,
     scaling: float,
-    mean_weight: Tensor,
+    mean_weight: Tensor | None,
     bound_weight: Tensor | None,
 ) -> Tensor:
-    """Near and far vectors of the aligned bins of every width 2^l: ``[N, H, levels, K, 1 or 2, D]`` in key's dtype."""
+    """Near and far vectors of the aligned bins of every width 2^l: ``[N, H, levels, K, 1 or 2, D]`` in key's dtype.
+
+    Without weights mean, center and half, which serve all weights: ``[N, H, levels, K, 3, D]``.
+    """
     batch, groups, num_keys, head_dim = key.shape
-    parts = 1 if bound_weight is None else 2
+    parts = 3 if mean_weight is None else 1 if bound_weight is None else 2
     pooled = key.new_empty(batch, heads, levels, num_bins, parts, head_dim)
     _pool_bins_kernel[(levels * num_bins, groups, batch)](
         key,
@@ -100,8 +103,15 @@ def _store_pooled(
     HEAD_DIM: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """Combine what was pooled with the weights of one query head."""
-    near = mean * (tl.load(MEAN_WEIGHT + head).to(tl.float32) * scaling)
+    """Combine what was pooled with the weights of one query head, or store it as it is."""
+    if PARTS == 3:
+        near = mean * scaling
+        center = 0.5 * scaling * (highest + lowest)
+        half = 0.5 * tl.abs(scaling) * (highest - lowest)
+        tl.store(p_out + HEAD_DIM, center.to(p_out.dtype.element_ty), mask=mask)
+        tl.store(p_out + 2 * HEAD_DIM, half.to(p_out.dtype.element_ty), mask=mask)
+    else:
+        near = mean * (tl.load(MEAN_WEIGHT + head).to(tl.float32) * scaling)
     if PARTS == 2:
         half_bound = 0.5 * tl.load(BOUND_WEIGHT + head).to(tl.float32)
         near += half_bound * scaling * (highest + lowest)
@@ -147,7 +157,7 @@ def _pool_bins_kernel(
         keys = tl.load(K + (first + o_key).to(tl.int64)[:, None] * k_row + o_dim[None, :], mask=m_key, other=0.0)
         keys = keys.to(tl.float32)
         total += tl.sum(keys, 0)
-        if PARTS == 2:
+        if PARTS > 1:
             real_key = (o_key < end)[:, None]
             highest = tl.maximum(highest, tl.max(tl.where(real_key, keys, float("-inf")), 0))
             lowest = tl.minimum(lowest, tl.min(tl.where(real_key, keys, float("inf")), 0))

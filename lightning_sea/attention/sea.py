@@ -248,11 +248,8 @@ class SEAAttention(nn.Module):
         if config.pooling == "none":
             return None
         settings = {"num_bins": config.predictor_length, "layout": config.bins, "backend": config.backend, **place}
-        scores = self.mean_weight[:, None, None] * ops.pooled_scores(query, key, statistic="mean", **settings).float()
-        if config.pooling == "mean_bound":
-            bound = ops.pooled_scores(query, key, statistic="bound", **settings).float()
-            scores = scores + self.bound_weight[:, None, None] * bound
-        return scores
+        weights = {"mean_weight": self.mean_weight, "bound_weight": self._bound_weight()}
+        return ops.weighted_scores(query, key, **weights, **settings)
 
     def _linear_context(
         self,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sea_kernels import pooled_scores
+from sea_kernels import pooled_scores, weighted_scores
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -188,3 +188,57 @@ def test_float64_has_no_kernel(random_qkv):
     query, key, _ = random_qkv()
     with pytest.raises(NotImplementedError, match="pooled_scores: backend='triton'"):
         pooled_scores(query, key, num_bins=K, layout="aligned", causal=True, scaling=1.0, backend="triton")
+
+
+def weighted(query, key, backend, dtype, *, mask=None, num_bins=K, **options):
+    """Weighted scores, and the gradients of a function of them to query, key and both weights."""
+    heads = torch.arange(1.0, query.shape[1] + 1)
+    leaves = [x.to(DEVICE, dtype).requires_grad_() for x in (query, key, 0.5 * heads, 1 - 0.4 * heads)]
+    weights = dict(zip(("mean_weight", "bound_weight"), leaves[2:], strict=True))
+    options = {"layout": "aligned", "scaling": -0.7, "attention_mask": mask} | weights | options
+    scores = weighted_scores(*leaves[:2], num_bins=num_bins, backend=backend, **options)
+    size = torch.arange(scores.numel(), device=DEVICE).view(scores.shape)
+    return scores, *torch.autograd.grad((scores * (0.1 * size).cos()).sum(), leaves)
+
+
+def assert_weighted_match(query, key, *, dtype=torch.float32, tolerance=1e-6, **options):
+    query, key = query.to(dtype), key.to(dtype)
+    results = weighted(query, key, "triton", dtype, **options)
+    exact = weighted(query, key, "reference", torch.float64, **options)
+    for got, expected in zip(results, exact, strict=True):
+        assert (got.double() - expected).norm() <= tolerance * expected.norm()
+    return results
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_weighted_scores_are_those_of_both_statistics(random_qkv, padding_mask, causal):
+    query, key, _ = random_qkv(heads=2, groups=1, queries=51 if causal else 70, keys=70, width=5)
+    query[..., 0] = 0  # where bounds have no slope, and means have
+    mask = padding_mask(70, [(20, 0), (2, 11)]).to(DEVICE)
+    results = assert_weighted_match(query, key, causal=causal, mask=mask, tolerance=5e-6)  # sums over all rows
+    assert [x.dtype for x in results] == [torch.float32] * 5
+
+
+def test_weighted_scores_in_half_precision(random_qkv):
+    query, key, _ = random_qkv(batch=1, heads=2, groups=1, queries=110, width=8)
+    results = assert_weighted_match(query, key, dtype=torch.float16, causal=True, num_bins=96, tolerance=2e-3)
+    assert [x.dtype for x in results] == [torch.float32] + [torch.float16] * 4
+
+
+@pytest.mark.parametrize("change", [{"layout": "relative"}, {"bound_weight": None}])
+def test_weighted_scores_of_which_no_kernel_has_both(random_qkv, change):
+    query, key, _ = (x.float() for x in random_qkv(queries=20))
+    weights = {"mean_weight": torch.ones(4, device=DEVICE), "bound_weight": torch.ones(4, device=DEVICE)} | change
+    options = {"layout": "aligned", "num_bins": K, "causal": True, "scaling": 1.0} | weights
+    got, expected = (
+        weighted_scores(query.to(DEVICE), key.to(DEVICE), backend=backend, **options)
+        for backend in ("triton", "reference")
+    )
+    torch.testing.assert_close(got, expected)
+
+
+def test_weights_that_do_not_fit_are_refused(random_qkv):
+    query, key, _ = random_qkv()
+    options = {"layout": "aligned", "num_bins": K, "causal": True, "scaling": 1.0}
+    with pytest.raises(ValueError, match="bound_weight has shape"):
+        weighted_scores(query, key, mean_weight=torch.ones(4), bound_weight=torch.ones(2), **options)

@@ -35,6 +35,36 @@ class TritonScores(torch.autograd.Function):
         return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None)
 
 
+class TritonWeightedScores(torch.autograd.Function):
+    """``weighted_scores`` of aligned bins whose passes run in Triton."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        query: Tensor,
+        key: Tensor,
+        mean_weight: Tensor,
+        bound_weight: Tensor,
+        attention_mask: Tensor | None,
+        options: dict,
+    ) -> Tensor:
+        inputs = query, key, mean_weight.contiguous(), bound_weight.contiguous()
+        scores, pooled = triton.weighted_scores(*inputs, attention_mask=attention_mask, **options)
+        ctx.save_for_backward(*inputs, pooled, attention_mask)
+        ctx.options = options
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        *saved, attention_mask = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
+        options = {name: ctx.options[name] for name in ("causal", "scaling")}
+        options |= {"attention_mask": attention_mask, "want_key": needed[1]}
+        grads = triton_backward.weighted_scores_gradients(*saved, grad_output, **options)
+        return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None)
+
+
 def _differentiate_reference(
     query: Tensor, key: Tensor, attention_mask: Tensor | None, grad_output: Tensor, options: dict
 ) -> tuple[Tensor, ...]:

@@ -43,7 +43,41 @@ def pooled_scores(
             pooled = pool_shared_bins(key, num_bins, levels, spans, scaling, statistic)
         else:
             pooled = _pool_relative_bins(key, num_bins, scaling, statistic, spans, shift)
-        return _score_shared_bins(query, key, pooled, spans, causal, layout, scaling)
+        scores = _empty_scores(query, num_bins, spans, query.dtype)
+        _score_shared_bins(query, key, pooled, None, scores, spans, causal, layout, scaling)
+    return scores
+
+
+def weighted_scores(
+    query: Tensor,
+    key: Tensor,
+    mean_weight: Tensor,
+    bound_weight: Tensor,
+    *,
+    num_bins: int,
+    causal: bool,
+    scaling: float,
+    attention_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See :func:`sea_kernels.weighted_scores`, of aligned bins. No gradients.
+
+    Returns:
+        The scores, and for the backward pass the pooled bins: ``[N, G, levels, K, 3, D]``, see ``pool_bins``.
+    """
+    spans = item_spans(attention_mask)
+    query, key = with_dense_rows(query), with_dense_rows(key)
+    scores = _empty_scores(query, num_bins, spans, torch.float32)
+    levels = count_levels(key.shape[2], num_bins)
+    with on_device(query):
+        pooled = pool_bins(key, key.shape[1], num_bins, levels, spans, scaling, None, None)
+        weights = mean_weight, bound_weight
+        _score_shared_bins(query, key, pooled, weights, scores, spans, causal, "aligned", scaling)
+    return scores, pooled
+
+
+def _empty_scores(query: Tensor, num_bins: int, spans: Tensor | None, dtype: torch.dtype) -> Tensor:
+    new = query.new_empty if spans is None else query.new_zeros  # no program visits rows of padding
+    return new(*query.shape[:3], num_bins, dtype=dtype)
 
 
 def pool_shared_bins(
@@ -56,17 +90,26 @@ def pool_shared_bins(
 
 
 def _score_shared_bins(
-    query: Tensor, key: Tensor, pooled: Tensor, spans: Tensor | None, causal: bool, layout: Layout, scaling: float
-) -> Tensor:
+    query: Tensor,
+    key: Tensor,
+    pooled: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
+    scores: Tensor,
+    spans: Tensor | None,
+    causal: bool,
+    layout: Layout,
+    scaling: float,
+) -> None:
+    """Fill ``scores``. ``weights`` are those of means and bounds where ``pooled`` has vectors of both."""
     batch, heads, num_queries, head_dim = query.shape
     groups, levels, num_bins, parts = pooled.shape[1:5]
-    new = query.new_empty if spans is None else query.new_zeros  # no program visits rows of padding
-    scores = new(batch, heads, num_queries, num_bins)
     full = query.dtype == torch.float32  # products outside the matrix units, which need more registers
+    narrow = full or num_bins % 64 or parts * head_dim > 256  # three vectors of wide heads would fill shared memory
     _shared_kernel[(triton.cdiv(num_queries, BLOCK_ROWS) + 1, heads, batch)](
         query,
         key,
         pooled,
+        *(weights or (None, None)),
         scores,
         spans,
         *query.stride()[:3],
@@ -80,7 +123,7 @@ def _score_shared_bins(
         HEAD_PADDED=max(16, triton.next_power_of_2(head_dim)),
         PARTS=parts,
         NUM_BINS=num_bins,
-        BINS=32 if full or num_bins % 64 else 64,
+        BINS=32 if narrow else 64,
         ROWS=BLOCK_ROWS,
         CAUSAL=causal,
         ALIGNED=layout == "aligned",
@@ -89,7 +132,6 @@ def _score_shared_bins(
         num_warps=8 if full else 4,
         num_stages=1 if full else 2,
     )
-    return scores
 
 
 def _pool_relative_bins(
@@ -154,6 +196,8 @@ def _shared_kernel(
     Q,
     K,
     POOLED,
+    MEAN_WEIGHT,
+    BOUND_WEIGHT,
     SCORES,
     SPANS,
     q_item,
@@ -189,6 +233,9 @@ def _shared_kernel(
     m_row = (rows >= 0) & (rows < num_queries) & (position < real)
     o_dim = tl.arange(0, HEAD_PADDED)
     m_dim = o_dim < HEAD_DIM
+    if PARTS == 3:
+        mean_weight = tl.load(MEAN_WEIGHT + head).to(tl.float32)
+        bound_weight = tl.load(BOUND_WEIGHT + head).to(tl.float32)
     p_q = Q + item * q_item + head.to(tl.int64) * q_head + rows.to(tl.int64)[:, None] * q_row + o_dim[None, :]
     b_q = tl.load(p_q, mask=m_row[:, None] & m_dim[None, :], other=0.0)  # [ROWS, HEAD]
     # A block past the end must not reach a level that was not pooled.
@@ -200,10 +247,10 @@ def _shared_kernel(
             p_k, k_row, m_dim, begin, position, real, level, PARTS, ROWS, HEAD_PADDED
         )
         own_q = b_q.to(tl.float32)
-        if PARTS == 1:
-            own_score = tl.sum(own_q * total, 1) * scaling / count.to(tl.float32)
-        else:
-            own_score = tl.sum(tl.maximum(own_q * scaling * highest, own_q * scaling * lowest), 1)
+        own_score = tl.sum(own_q * total, 1) * scaling / count.to(tl.float32)
+        if PARTS > 1:
+            own_bound = tl.sum(tl.maximum(own_q * scaling * highest, own_q * scaling * lowest), 1)
+            own_score = own_bound if PARTS == 2 else own_score * mean_weight + own_bound * bound_weight
     else:
         last = (real + (1 << level) - 1) >> level if ALIGNED else NUM_BINS
     POOLED += ((item * (heads // heads_per_group) + group) * num_levels + level) * (NUM_BINS * PARTS * HEAD_DIM)
@@ -213,9 +260,14 @@ def _shared_kernel(
         index = o_bin if CAUSAL else tl.minimum(o_bin, tl.maximum(last, 1) - 1)
         p_bin = POOLED + index[None, :] * (PARTS * HEAD_DIM) + o_dim[:, None]
         b_near = tl.load(p_bin, mask=m_dim[:, None], other=0.0)  # [HEAD, BINS]
+        if PARTS > 1:
+            b_far = tl.load(p_bin + (PARTS - 1) * HEAD_DIM, mask=m_dim[:, None], other=0.0)
+        if PARTS == 3:
+            center = tl.load(p_bin + HEAD_DIM, mask=m_dim[:, None], other=0.0).to(tl.float32)
+            b_near = (b_near.to(tl.float32) * mean_weight + center * bound_weight).to(b_q.dtype)
+            b_far = (b_far.to(tl.float32) * bound_weight).to(b_q.dtype)
         scores = tl.dot(b_q, b_near, input_precision=PRECISION)
-        if PARTS == 2:
-            b_far = tl.load(p_bin + HEAD_DIM, mask=m_dim[:, None], other=0.0)
+        if PARTS > 1:
             scores = tl.dot(tl.abs(b_q), b_far, scores, input_precision=PRECISION)
         if CAUSAL:
             scores = tl.where(o_bin[None, :] < own[:, None], scores, own_score[:, None])
@@ -237,7 +289,8 @@ def pool_own_bin(
 ):
     """Keys of each row's own bin, from the bin's first key to the row's position. p_k: first real key.
 
-    Returns their sum (1 part) or their maximum and minimum (2 parts), float32 [ROWS, HEAD], and their number [ROWS].
+    Returns their sum (1 part), their maximum and minimum (2 parts) or all three (3 parts), float32 [ROWS, HEAD], and
+    their number [ROWS].
     """
     o_row = tl.arange(0, ROWS)
     total = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
@@ -248,9 +301,9 @@ def pool_own_bin(
         o_key = tile + o_row
         m_key = (o_key < real)[:, None] & m_dim[None, :]
         keys = tl.load(p_k + o_key.to(tl.int64)[:, None] * k_row, mask=m_key, other=0.0).to(tl.float32)
-        if PARTS == 1:
+        if PARTS != 2:
             total += tl.sum(keys, 0)[None, :]
-        else:
+        if PARTS > 1:
             highest = tl.maximum(highest, tl.max(keys, 0)[None, :])
             lowest = tl.minimum(lowest, tl.min(keys, 0)[None, :])
     # Those of the block, one step further back at a time.
@@ -260,9 +313,9 @@ def pool_own_bin(
         m_key = ((o_key >= begin) & (o_key >= start))[:, None]
         inside = m_key & (o_key < real)[:, None] & m_dim[None, :]
         keys = tl.load(p_k + o_key.to(tl.int64)[:, None] * k_row, mask=inside, other=0.0).to(tl.float32)
-        if PARTS == 1:
+        if PARTS != 2:
             total += keys
-        else:
+        if PARTS > 1:
             highest = tl.maximum(highest, tl.where(m_key, keys, float("-inf")))
             lowest = tl.minimum(lowest, tl.where(m_key, keys, float("inf")))
     return total, highest, lowest, position - start + 1

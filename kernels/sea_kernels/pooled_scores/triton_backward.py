@@ -10,7 +10,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import aligned_level, count_levels, item_span, item_spans, on_device, with_dense_rows
+from ..triton_common import (
+    aligned_level,
+    cdiv,
+    count_levels,
+    item_span,
+    item_spans,
+    next_power_of_2,
+    on_device,
+    with_dense_rows,
+)
 from .triton import BLOCK_ROWS, pool_own_bin, pool_shared_bins
 from .triton_key_grad import key_gradient
 
@@ -45,11 +54,41 @@ def pooled_scores_gradients(
     with on_device(query):
         levels = count_levels(key.shape[2], num_bins)
         pooled = pool_shared_bins(key, num_bins, levels, spans, scaling, statistic)
-        grad_query, tail = _query_gradient(query, key, grad_output, pooled, spans, causal, scaling)
-        if not want_key:
-            return grad_query, None
-        grad_pooled = _pooled_gradient(query, grad_output, pooled, tail, spans, causal, scaling, key.shape[2])
-        return grad_query, key_gradient(query, key, tail, grad_pooled, spans, causal, scaling)
+        rows = query, key, grad_output, pooled, None, spans, causal, scaling
+        grad_query, tail, _ = _query_gradient(*rows)
+        return grad_query, _key_gradient(*rows, tail) if want_key else None
+
+
+def weighted_scores_gradients(
+    query: Tensor,
+    key: Tensor,
+    mean_weight: Tensor,
+    bound_weight: Tensor,
+    pooled: Tensor,
+    grad_output: Tensor,
+    *,
+    causal: bool,
+    scaling: float,
+    attention_mask: Tensor | None,
+    want_key: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Gradients to query, key (if wanted) and both weights, in their dtypes. Aligned bins only.
+
+    Args:
+        query, key, mean_weight, bound_weight, causal, scaling, attention_mask: what the forward pass took.
+        pooled: what it left.
+        grad_output: float32 ``[N, H, T, K]``.
+        want_key: whether the key needs a gradient.
+    """
+    spans = item_spans(attention_mask)
+    query, key, grad_output = with_dense_rows(query), with_dense_rows(key), with_dense_rows(grad_output)
+    weights = mean_weight, bound_weight
+    with on_device(query):
+        rows = query, key, grad_output, pooled, weights, spans, causal, scaling
+        grad_query, tail, sums = _query_gradient(*rows)
+        grad_key = _key_gradient(*rows, tail) if want_key else None
+    grads = sums.sum((1, 2)).to(mean_weight.dtype)
+    return grad_query, grad_key, grads[0], grads[1]
 
 
 def _query_gradient(
@@ -57,25 +96,33 @@ def _query_gradient(
     key: Tensor,
     grad_output: Tensor,
     pooled: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
     spans: Tensor | None,
     causal: bool,
     scaling: float,
-) -> tuple[Tensor, Tensor]:
-    """Gradient to query, and float32 ``[N, H, T]``: what flows to each row's last bin, all beyond it included."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradient to query, and float32 ``[N, H, T]``: what flows to each row's last bin, all beyond it included.
+
+    With weights also parts of their gradients, to be added up: float32 ``[2, N, programs, H]``.
+    """
     batch, heads, num_queries, head_dim = query.shape
     groups, levels, num_bins, parts = pooled.shape[1:5]
     new = torch.empty if spans is None else torch.zeros  # no program visits rows of padding
     grad_query = new(query.shape, dtype=query.dtype, device=query.device)
     tail = new(query.shape[:3], dtype=torch.float32, device=query.device)
-    padded = max(16, triton.next_power_of_2(head_dim))
+    programs = cdiv(num_queries, BLOCK_ROWS) + 1
+    sums = None if weights is None else tail.new_empty(2, batch, programs, heads)
+    padded = max(16, next_power_of_2(head_dim))
     full = query.dtype == torch.float32  # products outside the matrix units, which need more registers
-    _query_gradient_kernel[(triton.cdiv(num_queries, BLOCK_ROWS) + 1, heads, batch)](
+    _query_gradient_kernel[(programs, heads, batch)](
         query,
         key,
         pooled,
+        *(weights or (None, None)),
         grad_output,
         grad_query,
         tail,
+        sums,
         spans,
         *query.stride()[:3],
         *key.stride()[:3],
@@ -94,32 +141,54 @@ def _query_gradient(
         CAUSAL=causal,
         HAS_PADDING=spans is not None,
         PRECISION="ieee" if full else "tf32",
-        num_warps=8 if full or padded > 128 else 4,
+        num_warps=_warps(query, weights is not None),
         num_stages=1 if full else 2,
     )
-    return grad_query, tail
+    return grad_query, tail, sums
+
+
+def _warps(query: Tensor, weighted: bool) -> int:
+    """Warps of the kernels that sum rows of gradients: eight where four have too few registers."""
+    return 8 if query.dtype == torch.float32 or query.shape[-1] > (64 if weighted else 128) else 4
+
+
+def _key_gradient(
+    query: Tensor,
+    key: Tensor,
+    grad_output: Tensor,
+    pooled: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
+    spans: Tensor | None,
+    causal: bool,
+    scaling: float,
+    tail: Tensor,
+) -> Tensor:
+    grad_pooled = _pooled_gradient(query, grad_output, pooled, weights, tail, spans, causal, scaling, key.shape[2])
+    return key_gradient(query, key, tail, grad_pooled, weights, spans, causal, scaling)
 
 
 def _pooled_gradient(
     query: Tensor,
     grad_output: Tensor,
     pooled: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
     tail: Tensor,
     spans: Tensor | None,
     causal: bool,
     scaling: float,
     num_keys: int,
 ) -> Tensor:
-    """Gradient to means, or to maxima and minima, of the bins: float32 ``[N, G, levels, K, 1 or 2, D]``."""
+    """Gradient to means, to maxima and minima, or to all three of the bins: float32 ``[N, G, levels, K, parts, D]``."""
     batch, heads, num_queries, head_dim = query.shape
     groups, levels, num_bins, parts = pooled.shape[1:5]
-    splits = min(MOST_SPLITS, triton.cdiv(num_queries, SPLIT_ROWS))
+    splits = min(MOST_SPLITS, cdiv(num_queries, SPLIT_ROWS))
     grad = torch.empty(splits, *pooled.shape, dtype=torch.float32, device=query.device)
-    padded = max(16, triton.next_power_of_2(head_dim))
+    padded = max(16, next_power_of_2(head_dim))
     full = query.dtype == torch.float32  # products outside the matrix units, which need more registers
     _pooled_gradient_kernel[(levels * num_bins // BLOCK_BINS, batch * groups, splits)](
         query,
         grad_output,
+        *(weights or (None, None)),
         tail,
         grad,
         spans,
@@ -140,7 +209,7 @@ def _pooled_gradient(
         CAUSAL=causal,
         HAS_PADDING=spans is not None,
         PRECISION="ieee" if full else "tf32",
-        num_warps=8 if full or padded > 128 else 4,
+        num_warps=_warps(query, weights is not None),
         num_stages=1 if full else 2,
     )
     return grad.sum(0) if splits > 1 else grad[0]
@@ -151,9 +220,12 @@ def _query_gradient_kernel(
     Q,
     K,
     POOLED,
+    MEAN_WEIGHT,
+    BOUND_WEIGHT,
     GRAD,
     GRAD_Q,
     TAIL,
+    SUMS,
     SPANS,
     q_item,
     q_head,
@@ -197,8 +269,9 @@ def _query_gradient_kernel(
     POOLED += ((item * (heads // heads_per_group) + group) * num_levels + level) * (NUM_BINS * PARTS * HEAD_DIM)
     p_grad = GRAD + item * g_item + head * g_head + rows[:, None] * g_row
     tail = tl.zeros([ROWS], tl.float32)
-    near = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
-    far = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    mean = tl.zeros([ROWS, HEAD_PADDED], tl.float32)  # sums of the vectors that the parts have
+    center = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    half = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
     for first_bin in range(0, NUM_BINS, BINS):
         o_bin = first_bin + tl.arange(0, BINS)
         b_grad = tl.load(p_grad + o_bin[None, :], mask=m_row[:, None], other=0.0)  # [ROWS, BINS]
@@ -206,14 +279,19 @@ def _query_gradient_kernel(
         tail += tl.sum(tl.where(beyond, b_grad.to(tl.float32), 0.0), 1)
         index = o_bin
         if CAUSAL:
-            b_grad = tl.where(beyond, 0.0, b_grad).to(Q.dtype.element_ty)
+            b_grad = tl.where(beyond, 0.0, b_grad)
         else:
             index = tl.minimum(o_bin, tl.max(last))
+        b_grad = b_grad.to(Q.dtype.element_ty)
         p_bin = POOLED + index[:, None] * (PARTS * HEAD_DIM) + o_dim[None, :]
-        near = tl.dot(b_grad, tl.load(p_bin, mask=m_dim[None, :], other=0.0), near, input_precision=PRECISION)
-        if PARTS == 2:
-            b_far = tl.load(p_bin + HEAD_DIM, mask=m_dim[None, :], other=0.0)  # [BINS, HEAD]
-            far = tl.dot(b_grad, b_far, far, input_precision=PRECISION)
+        if PARTS != 2:
+            b_mean = tl.load(p_bin, mask=m_dim[None, :], other=0.0)  # [BINS, HEAD]
+            mean = tl.dot(b_grad, b_mean, mean, input_precision=PRECISION)
+        if PARTS > 1:
+            b_center = tl.load(p_bin + (PARTS - 2) * HEAD_DIM, mask=m_dim[None, :], other=0.0)
+            center = tl.dot(b_grad, b_center, center, input_precision=PRECISION)
+            b_half = tl.load(p_bin + (PARTS - 1) * HEAD_DIM, mask=m_dim[None, :], other=0.0)
+            half = tl.dot(b_grad, b_half, half, input_precision=PRECISION)
     place = (item * heads + head) * num_queries + rows
     tl.store(TAIL + place, tail, mask=m_row)
 
@@ -224,20 +302,29 @@ def _query_gradient_kernel(
         total, highest, lowest, count = pool_own_bin(
             p_k, k_row, m_dim, begin, position, real, level, PARTS, ROWS, HEAD_PADDED
         )
-        if PARTS == 1:
-            near += (tail * scaling / count.to(tl.float32))[:, None] * total
-        else:
-            near += (tail * scaling)[:, None] * tl.where(b_q * scaling > 0, highest, lowest)
-    if PARTS == 2:
-        # The score has no slope where q is 0, as in the PyTorch form.
-        near = tl.where(b_q > 0, near + far, tl.where(b_q < 0, near - far, 0.0))
-    tl.store(GRAD_Q + place[:, None] * HEAD_DIM + o_dim[None, :], near.to(GRAD_Q.dtype.element_ty), mask=m_q)
+        if PARTS != 2:
+            mean += (tail * scaling / count.to(tl.float32))[:, None] * total
+        if PARTS > 1:
+            center += (tail * scaling)[:, None] * tl.where(b_q * scaling > 0, highest, lowest)
+    # The bound has no slope where q is 0, as in the PyTorch form.
+    bound = tl.where(b_q > 0, center + half, tl.where(b_q < 0, center - half, 0.0))
+    grad = mean + bound
+    if PARTS == 3:  # scores are products with q, and bounds with its positive and negative part
+        p_sum = SUMS + (item * tl.num_programs(0) + tl.program_id(0)) * heads + head
+        tl.store(p_sum, tl.sum(tl.sum(tl.where(m_q, b_q * mean, 0.0), 1), 0))
+        p_sum += tl.num_programs(2).to(tl.int64) * tl.num_programs(0) * heads
+        tl.store(p_sum, tl.sum(tl.sum(tl.where(m_q, b_q * bound, 0.0), 1), 0))
+        grad = mean * tl.load(MEAN_WEIGHT + head).to(tl.float32)
+        grad += bound * tl.load(BOUND_WEIGHT + head).to(tl.float32)
+    tl.store(GRAD_Q + place[:, None] * HEAD_DIM + o_dim[None, :], grad.to(GRAD_Q.dtype.element_ty), mask=m_q)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_levels", "groups", "heads_per_group", "scaling"])
 def _pooled_gradient_kernel(
     Q,
     GRAD,
+    MEAN_WEIGHT,
+    BOUND_WEIGHT,
     TAIL,
     GRAD_POOLED,
     SPANS,
@@ -286,6 +373,10 @@ def _pooled_gradient_kernel(
     m_dim = (o_dim < HEAD_DIM)[None, :]
     upper = tl.zeros([BINS, HEAD_PADDED], tl.float32)  # to means or maxima
     lower = tl.zeros([BINS, HEAD_PADDED], tl.float32)  # to minima
+    if PARTS == 3:  # weighted sums over the heads
+        mean = tl.zeros([BINS, HEAD_PADDED], tl.float32)
+        highest = tl.zeros([BINS, HEAD_PADDED], tl.float32)
+        lowest = tl.zeros([BINS, HEAD_PADDED], tl.float32)
     for member in range(0, heads_per_group):
         head = group * heads_per_group + member
         p_q = Q + item * q_item + head * q_head + o_dim[None, :]
@@ -313,9 +404,21 @@ def _pooled_gradient_kernel(
                 b_lower = tl.where(rises, 0.0, b_q).to(b_q.dtype)
                 upper = tl.dot(b_grad, b_upper, upper, input_precision=PRECISION)
                 lower = tl.dot(b_grad, b_lower, lower, input_precision=PRECISION)
+        if PARTS == 3:
+            mean += (upper + lower) * tl.load(MEAN_WEIGHT + head).to(tl.float32)
+            bound_weight = tl.load(BOUND_WEIGHT + head).to(tl.float32)
+            highest += upper * bound_weight
+            lowest += lower * bound_weight
+            upper = tl.zeros([BINS, HEAD_PADDED], tl.float32)
+            lower = tl.zeros([BINS, HEAD_PADDED], tl.float32)
     place = (tl.program_id(2).to(tl.int64) * tl.num_programs(1) + item_group) * num_levels + level
     p_out = GRAD_POOLED + (place * NUM_BINS + o_bin)[:, None] * (PARTS * HEAD_DIM) + o_dim[None, :]
     m_out = (o_bin >= 0)[:, None] & m_dim
-    tl.store(p_out, upper * scaling, mask=m_out)
+    if PARTS == 3:
+        tl.store(p_out, mean * scaling, mask=m_out)
+        tl.store(p_out + HEAD_DIM, highest * scaling, mask=m_out)
+        tl.store(p_out + 2 * HEAD_DIM, lowest * scaling, mask=m_out)
+    else:
+        tl.store(p_out, upper * scaling, mask=m_out)
     if PARTS == 2:
         tl.store(p_out + HEAD_DIM, lower * scaling, mask=m_out)

@@ -19,6 +19,7 @@ def key_gradient(
     key: Tensor,
     tail: Tensor,
     grad_pooled: Tensor,
+    weights: tuple[Tensor, Tensor] | None,
     spans: Tensor | None,
     causal: bool,
     scaling: float,
@@ -29,7 +30,9 @@ def key_gradient(
         query: ``[N, H, T, D]``, rows dense.
         key: ``[N, G, S, D]``, rows dense.
         tail: float32 ``[N, H, T]``, what flows to the score of each row's own bin.
-        grad_pooled: float32 ``[N, G, levels, K, 1 or 2, D]``, gradient to means, or to maxima and minima.
+        grad_pooled: float32 ``[N, G, levels, K, parts, D]``, gradient to means (1 part), to maxima and minima (2), or
+            to all three.
+        weights: with three parts those of means and bounds in the scores of each query head.
         spans: int32 ``[N, 2]`` or None.
         causal: whether rows pool their own bin for themselves; else ``tail`` is in ``grad_pooled``.
         scaling: factor of the scores.
@@ -46,6 +49,7 @@ def key_gradient(
         key,
         tail,
         grad_pooled,
+        *(weights or (None, None)),
         holders,
         grad_key,
         spans,
@@ -143,6 +147,7 @@ def _load_keys(p_k, position, m_key, k_row, m_dim):
 def _row_gradients(
     p_q,
     p_tail,
+    WEIGHT,
     first_head,
     position,
     m_row,
@@ -160,7 +165,8 @@ def _row_gradients(
 ):
     """What rows send to each key of their own bin, or to the one that has its maximum (``side`` > 0) or minimum.
 
-    Without the factor ``scaling``; the query heads of a key head are added in their order. p_q, p_tail: head 0, row 0.
+    Without the factor ``scaling``; the query heads of a key head are added in their order, each times its weight.
+    p_q, p_tail: head 0, row 0.
     float32 [ROWS, HEAD]
     """
     rows = (position - offset).to(tl.int64)
@@ -171,6 +177,8 @@ def _row_gradients(
         p_row = p_q + head * q_head + rows[:, None] * q_row
         b_q = tl.load(p_row, mask=m_row[:, None] & m_dim[None, :], other=0.0).to(tl.float32)
         b_tail = tl.load(p_tail + head * num_queries + rows, mask=m_row, other=0.0)
+        if WEIGHT is not None:
+            b_tail *= tl.load(WEIGHT + head).to(tl.float32)
         if PARTS == 1:
             b_tail /= (position - ((position >> level) << level) + 1).to(tl.float32)
         else:
@@ -184,6 +192,7 @@ def _own_gradient(
     p_q,
     p_k,
     p_tail,
+    WEIGHT,
     first_head,
     begin,
     real,
@@ -231,7 +240,7 @@ def _own_gradient(
             b_after = _load_keys(p_k, after, m_after, k_row, m_dim) * side
             holds = holds & ((m_after[:, None] & (b_after > b_k)) == 0)
         sent = _row_gradients(
-            p_q, p_tail, first_head, after, m_after, offset, num_queries, q_head, q_row, m_dim, level,
+            p_q, p_tail, WEIGHT, first_head, after, m_after, offset, num_queries, q_head, q_row, m_dim, level,
             side * scaling, heads_per_group, PARTS, HEAD_PADDED, KEYS,
         )  # fmt: skip
         grad += tl.where(holds, sent, 0.0)
@@ -242,7 +251,7 @@ def _own_gradient(
     for tile in range(begin + KEYS, tl.minimum(((begin >> level) + 1) << level, real), KEYS):
         after = tile + tl.arange(0, KEYS)
         sent = _row_gradients(
-            p_q, p_tail, first_head, after, after < real, offset, num_queries, q_head, q_row, m_dim, level,
+            p_q, p_tail, WEIGHT, first_head, after, after < real, offset, num_queries, q_head, q_row, m_dim, level,
             side * scaling, heads_per_group, PARTS, HEAD_PADDED, KEYS,
         )  # fmt: skip
         if PARTS == 2:
@@ -260,6 +269,8 @@ def _key_gradient_kernel(
     K,
     TAIL,
     GRAD_POOLED,
+    MEAN_WEIGHT,
+    BOUND_WEIGHT,
     HOLDERS,
     GRAD_K,
     SPANS,
@@ -295,15 +306,17 @@ def _key_gradient_kernel(
     narrowest = aligned_level(begin + 1, num_levels, NUM_BINS) if CAUSAL else widest
     for level in range(narrowest, widest + 1):
         index = o_key >> level
-        place = ((item_group * num_levels + level) * NUM_BINS + index)[:, None] * (PARTS * HEAD_DIM) + o_dim[None, :]
-        upper = tl.load(GRAD_POOLED + place, mask=m_out, other=0.0)
-        if PARTS == 1:
+        place = ((item_group * num_levels + level) * NUM_BINS + index)[:, None]
+        p_grad = GRAD_POOLED + place * (PARTS * HEAD_DIM) + o_dim[None, :]
+        if PARTS != 2:
             count = tl.minimum(1 << level, real - (index << level))
-            grad += upper / tl.maximum(count, 1).to(tl.float32)[:, None]
-        else:
-            lower = tl.load(GRAD_POOLED + place + HEAD_DIM, mask=m_out, other=0.0)
-            top = tl.load(HOLDERS + place, mask=m_out, other=-1)
-            bottom = tl.load(HOLDERS + place + HEAD_DIM, mask=m_out, other=-1)
+            grad += tl.load(p_grad, mask=m_out, other=0.0) / tl.maximum(count, 1).to(tl.float32)[:, None]
+        if PARTS > 1:
+            upper = tl.load(p_grad + (PARTS - 2) * HEAD_DIM, mask=m_out, other=0.0)
+            lower = tl.load(p_grad + (PARTS - 1) * HEAD_DIM, mask=m_out, other=0.0)
+            p_holder = HOLDERS + place * (2 * HEAD_DIM) + o_dim[None, :]
+            top = tl.load(p_holder, mask=m_out, other=-1)
+            bottom = tl.load(p_holder + HEAD_DIM, mask=m_out, other=-1)
             grad += tl.where(top == o_key[:, None], upper, 0.0) + tl.where(bottom == o_key[:, None], lower, 0.0)
     offset = num_keys - num_queries - first
     end = tl.minimum(tl.maximum(((begin >> narrowest) + 1) << narrowest, begin + KEYS), real)
@@ -312,11 +325,18 @@ def _key_gradient_kernel(
         p_k = K + item * k_item + group * k_head + first.to(tl.int64) * k_row + o_dim[None, :]
         first_head = group * heads_per_group
         p_tail = TAIL + item * tl.num_programs(1) * heads_per_group * num_queries
-        for part in tl.static_range(PARTS):
+        if PARTS != 2:
             own = _own_gradient(
-                p_q, p_k, p_tail, first_head, begin, real, narrowest, offset, num_queries, q_head, q_row, k_row, m_dim,
-                1 - 2 * part, scaling, heads_per_group, PARTS, HEAD_PADDED, KEYS,
+                p_q, p_k, p_tail, MEAN_WEIGHT, first_head, begin, real, narrowest, offset, num_queries, q_head, q_row,
+                k_row, m_dim, 1, scaling, heads_per_group, 1, HEAD_PADDED, KEYS,
             )  # fmt: skip
             grad += own * scaling
+        if PARTS > 1:
+            for part in tl.static_range(2):
+                own = _own_gradient(
+                    p_q, p_k, p_tail, BOUND_WEIGHT, first_head, begin, real, narrowest, offset, num_queries, q_head,
+                    q_row, k_row, m_dim, 1 - 2 * part, scaling, heads_per_group, 2, HEAD_PADDED, KEYS,
+                )  # fmt: skip
+                grad += own * scaling
     p_out = GRAD_K + (item_group * num_keys + first + o_key)[:, None] * HEAD_DIM + o_dim[None, :]
     tl.store(p_out, grad.to(GRAD_K.dtype.element_ty), mask=m_out)
