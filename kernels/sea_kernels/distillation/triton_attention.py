@@ -20,7 +20,6 @@ from .triton_scores import (
     LOG2E,
     last_block_first,
     load_rows,
-    lse_of,
     padded_width,
     product_precision,
     row_lse,
@@ -34,7 +33,7 @@ class RowNumbers(NamedTuple):
     """What the backward pass needs of the rows, each float32 ``[N, H, T]``.
 
     Attributes:
-        teacher_lse: base-2 logarithm of the teacher's sum of exponentials.
+        teacher_lse: logarithm of the teacher's sum of exponentials.
         lse: the student's.
         pull: ``sum_i a_i (a_i - t_i)``.
     """
@@ -67,7 +66,7 @@ def attention_loss(
     if teacher_log_sum is None:
         teacher_lse = row_lse(teacher_query, teacher_key, spans, causal=causal, scaling=teacher_scaling)
     else:
-        teacher_lse = lse_of(teacher_log_sum)
+        teacher_lse = teacher_log_sum.float().contiguous()
     lse = row_lse(query, key, spans, causal=causal, scaling=scaling)
     divergence, square_error, pull = (torch.empty_like(lse) for _ in range(3))
     args, sizes = _arguments(tensors, spans, causal, teacher_scaling, scaling)
@@ -93,11 +92,13 @@ def attention_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of both losses with respect to the student's query and key, each only if wanted."""
     query, key = tensors.query, tensors.key
-    # A mean over all rows makes gradients far below what float16 can hold: they are scaled up for the products.
-    grads = torch.stack([grad_divergence, grad_square_error])
-    largest = grads.abs().amax().clamp_min(1e-30)
-    grads = grads * (GRADIENT_SIZE / largest)
-    unit = largest * (scaling / GRADIENT_SIZE)
+    grads, unit = (grad_divergence.contiguous(), grad_square_error.contiguous()), None
+    if query.dtype == torch.float16:
+        # A mean over all rows makes gradients far below what float16 can hold: they are scaled up for the products.
+        grads = torch.stack(grads)
+        largest = grads.abs().amax().clamp_min(1e-30)
+        grads = grads * (GRADIENT_SIZE / largest)
+        unit = largest / GRADIENT_SIZE
     args, sizes = _arguments(tensors, spans, causal, teacher_scaling, scaling)
     batch, heads, num_queries, _ = query.shape
     grad_query = grad_key = None
@@ -178,6 +179,7 @@ def _loss_kernel(
     PRECISION: tl.constexpr,
 ):
     LN2: tl.constexpr = 0.6931471805599453
+    LOG2E: tl.constexpr = 1.4426950408889634
     head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
     rows = last_block_first(num_queries, ROWS)
@@ -186,8 +188,8 @@ def _loss_kernel(
     place = (item * tl.num_programs(1) + head) * num_queries + rows
     b_tq = load_rows(TEACHER_Q + item * tq_item + head * tq_head, rows, m_row, tq_row, TEACHER_DIM, TEACHER_PADDED)
     b_q = load_rows(Q + item * q_item + head * q_head, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)
-    teacher_lse = tl.load(TEACHER_LSE + place, mask=m_row, other=0.0)
-    lse = tl.load(LSE + place, mask=m_row, other=0.0)
+    teacher_lse = tl.load(TEACHER_LSE + place, mask=m_row, other=0.0) * LOG2E
+    lse = tl.load(LSE + place, mask=m_row, other=0.0) * LOG2E
     TEACHER_K += item * tk_item + (head // teacher_heads_per_group) * tk_head + first.to(tl.int64) * tk_row
     K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
     divergence = tl.zeros([ROWS], tl.float32)
@@ -220,6 +222,16 @@ def _score_gradient(targets, scores, keep, pull, grad_divergence, grad_square_er
     student = tl.where(keep, tl.exp2(scores), 0.0)
     error = student - teacher
     return grad_divergence * error + 2.0 * grad_square_error * student * (error - pull)
+
+
+@triton.jit
+def _gradient_unit(UNIT, scale):
+    """What a sum over tiles lacks: the factor of the scores, and the unit of scaled gradients."""
+    LN2: tl.constexpr = 0.6931471805599453
+    unit = scale * LN2
+    if UNIT is not None:
+        unit *= tl.load(UNIT)
+    return unit
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "teacher_scale", "scale"])
@@ -265,6 +277,7 @@ def _query_gradient_kernel(
     TEACHER_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    LOG2E: tl.constexpr = 1.4426950408889634
     head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
     rows = last_block_first(num_queries, ROWS)
@@ -273,8 +286,8 @@ def _query_gradient_kernel(
     place = (item * tl.num_programs(1) + head) * num_queries + rows
     b_tq = load_rows(TEACHER_Q + item * tq_item + head * tq_head, rows, m_row, tq_row, TEACHER_DIM, TEACHER_PADDED)
     b_q = load_rows(Q + item * q_item + head * q_head, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)
-    teacher_lse = tl.load(TEACHER_LSE + place, mask=m_row, other=0.0)[:, None]
-    lse = tl.load(LSE + place, mask=m_row, other=0.0)[:, None]
+    teacher_lse = tl.load(TEACHER_LSE + place, mask=m_row, other=0.0)[:, None] * LOG2E
+    lse = tl.load(LSE + place, mask=m_row, other=0.0)[:, None] * LOG2E
     pull = tl.load(PULL + place, mask=m_row, other=0.0)[:, None]
     grad_divergence = tl.load(GRAD_DIVERGENCE + place, mask=m_row, other=0.0)[:, None]
     grad_square_error = tl.load(GRAD_SQUARE_ERROR + place, mask=m_row, other=0.0)[:, None]
@@ -293,7 +306,7 @@ def _query_gradient_kernel(
     o_dim = tl.arange(0, HEAD_PADDED)
     m_out = m_row[:, None] & (o_dim < HEAD_DIM)[None, :]
     p_out = GRAD_Q + place[:, None] * HEAD_DIM + o_dim[None, :]
-    tl.store(p_out, (acc * tl.load(UNIT)).to(GRAD_Q.dtype.element_ty), mask=m_out)
+    tl.store(p_out, (acc * _gradient_unit(UNIT, scale)).to(GRAD_Q.dtype.element_ty), mask=m_out)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "teacher_scale", "scale"])
@@ -339,6 +352,7 @@ def _key_gradient_kernel(
     TEACHER_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    LOG2E: tl.constexpr = 1.4426950408889634
     block, group, item = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1) * heads_per_group
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
@@ -366,8 +380,8 @@ def _key_gradient_kernel(
             p_tq, p_q = TEACHER_Q + item * tq_item + head * tq_head, Q + item * q_item + head * q_head
             b_tq = load_rows(p_tq, rows, m_row, tq_row, TEACHER_DIM, TEACHER_PADDED)
             b_q = load_rows(p_q, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)
-            teacher_lse = tl.load(TEACHER_LSE + place, mask=m_row, other=0.0)[None, :]
-            lse = tl.load(LSE + place, mask=m_row, other=0.0)[None, :]
+            teacher_lse = tl.load(TEACHER_LSE + place, mask=m_row, other=0.0)[None, :] * LOG2E
+            lse = tl.load(LSE + place, mask=m_row, other=0.0)[None, :] * LOG2E
             pull = tl.load(PULL + place, mask=m_row, other=0.0)[None, :]
             grad_divergence = tl.load(GRAD_DIVERGENCE + place, mask=m_row, other=0.0)[None, :]
             grad_square_error = tl.load(GRAD_SQUARE_ERROR + place, mask=m_row, other=0.0)[None, :]
@@ -380,4 +394,4 @@ def _key_gradient_kernel(
     m_out = (o_key < num_keys)[:, None] & (o_dim < HEAD_DIM)[None, :]
     place = (item * tl.num_programs(1) + group) * num_keys + o_key
     p_out = GRAD_K + place[:, None] * HEAD_DIM + o_dim[None, :]
-    tl.store(p_out, (acc * tl.load(UNIT)).to(GRAD_K.dtype.element_ty), mask=m_out)
+    tl.store(p_out, (acc * _gradient_unit(UNIT, scale)).to(GRAD_K.dtype.element_ty), mask=m_out)

@@ -107,6 +107,7 @@ def _kept_kernel(
     HAS_SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    LOG2E: tl.constexpr = 1.4426950408889634
     block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
     item, head = item_head // heads, item_head % heads
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
@@ -116,7 +117,7 @@ def _kept_kernel(
     m_row = rows < num_queries
     b_q = load_rows(Q + item * q_item + head * q_head, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)  # [ROWS, HEAD]
     K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
-    lse = tl.load(LSE + item_head * num_queries + rows, mask=m_row, other=0.0)
+    lse = tl.load(LSE + item_head * num_queries + rows, mask=m_row, other=0.0) * LOG2E
 
     place = item_head * tl.num_programs(0) + block
     ENTRIES += place * CAPACITY

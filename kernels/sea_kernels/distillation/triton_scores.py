@@ -38,7 +38,7 @@ def product_precision(*tensors: Tensor) -> str:
 
 
 def row_lse(query: Tensor, key: Tensor, spans: Tensor | None, *, causal: bool, scaling: float) -> Tensor:
-    """Base-2 logarithm of the sum of ``exp(scaling * q . k)`` over the keys that each row sees.
+    """Logarithm of the sum of ``exp(scaling * q . k)`` over the keys that each row sees.
 
     Args:
         query: ``[N, H, T, D]`` with contiguous rows.
@@ -73,11 +73,6 @@ def row_lse(query: Tensor, key: Tensor, spans: Tensor | None, *, causal: bool, s
             **config,
         )
     return lse
-
-
-def lse_of(log_sum: Tensor) -> Tensor:
-    """What ``row_lse`` returns, from natural logarithms ``[N, H, T]`` of any strides."""
-    return (log_sum.float() * LOG2E).contiguous()
 
 
 @triton.jit
@@ -118,6 +113,7 @@ def _lse_kernel(
     HAS_PADDING: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    LN2: tl.constexpr = 0.6931471805599453
     head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
     rows = last_block_first(num_queries, ROWS)
@@ -135,5 +131,5 @@ def _lse_kernel(
         new_highest = tl.maximum(highest, tl.max(scores, 1))
         total = total * tl.exp2(highest - new_highest) + tl.sum(tl.exp2(scores - new_highest[:, None]), 1)
         highest = new_highest
-    lse = tl.where(length > 0, highest + tl.log2(tl.where(length > 0, total, 1.0)), 0.0)
+    lse = tl.where(length > 0, (highest + tl.log2(tl.where(length > 0, total, 1.0))) * LN2, 0.0)
     tl.store(LSE + (item * tl.num_programs(1) + head) * num_queries + rows, lse, mask=m_row)

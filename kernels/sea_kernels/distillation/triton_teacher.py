@@ -17,7 +17,6 @@ from .triton_scores import (
     LOG2E,
     last_block_first,
     load_rows,
-    lse_of,
     padded_width,
     product_precision,
     row_lse,
@@ -42,7 +41,9 @@ def teacher_statistics(
     batch, heads, num_queries, head_dim = query.shape
     num_keys = key.shape[2]
     query, key, spans = with_dense_rows(query), with_dense_rows(key), item_spans(attention_mask)
-    lse = row_lse(query, key, spans, causal=causal, scaling=scaling) if log_sum is None else lse_of(log_sum)
+    lse = (
+        row_lse(query, key, spans, causal=causal, scaling=scaling) if log_sum is None else log_sum.float().contiguous()
+    )
     mass = query.new_zeros(batch, heads, num_queries, num_bins, dtype=torch.float32)  # bins without keys stay 0
     entropy, square = torch.empty_like(lse), torch.empty_like(lse)
     config = tile_config(query)
@@ -160,6 +161,7 @@ def _pool_kernel(
     PRECISION: tl.constexpr,
 ):
     LN2: tl.constexpr = 0.6931471805599453
+    LOG2E: tl.constexpr = 1.4426950408889634
     head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
     rows = last_block_first(num_queries, ROWS)
@@ -170,7 +172,7 @@ def _pool_kernel(
     b_q = load_rows(Q + item * q_item + head * q_head, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)  # [ROWS, HEAD]
     K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
     place = (item * tl.num_programs(1) + head) * num_queries + rows
-    lse = tl.load(LSE + place, mask=m_row, other=0.0)
+    lse = tl.load(LSE + place, mask=m_row, other=0.0) * LOG2E
     p_mass = MASS + place[:, None] * NUM_BINS
     entropy = tl.zeros([ROWS], tl.float32)
     square = tl.zeros([ROWS], tl.float32)
