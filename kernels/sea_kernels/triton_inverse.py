@@ -73,16 +73,16 @@ class InverseLists:
         blocks = triton.cdiv(lists.num_queries, block_rows)
         chunk_blocks = max(triton.cdiv(CHUNK_ROWS, block_rows), triton.cdiv(blocks, MOST_CHUNKS))
         chunks = triton.cdiv(blocks, chunk_blocks)
-        counts = torch.zeros(heads * self.levels * self.units * self.kinds * chunks, dtype=torch.int32, device=device)
+        places = heads * self.levels * self.units * self.kinds
+        table = torch.zeros(1 + places * chunks, dtype=torch.int32, device=device)
+        counts = table[1:]  # the sum before each count is where its rows begin
         sizes = self.first_level, self.levels, self.units, chunks, chunk_blocks, lists.capacity
         flags = {"WIDE": self.wide, "TILE": ENTRIES_AT_ONCE, "num_warps": 4}
         for part in entries:
             place = part.first_block, part.meta.shape[1]
             _count_kernel[place[1], heads](part.packed, part.meta, counts, *place, *sizes, **flags)
         dtype = torch.int32 if heads * bound < 2**31 else torch.int64
-        starts = torch.empty(len(counts) + 1, dtype=dtype, device=device)
-        starts[:1].zero_()
-        torch.cumsum(counts, 0, dtype=dtype, out=starts[1:])
+        starts = torch.cumsum(table, 0, dtype=dtype)
         rows = torch.empty(heads * bound, dtype=torch.int32, device=device)
         flags |= {"ROWS": BLOCK_ROWS, "UNIT_BITS": UNIT_BITS}
         for part in entries:
@@ -293,12 +293,12 @@ def cut_tiles(inverse: InverseLists, num_keys: int, tile_keys: int, heads: int, 
         KINDS=inverse.kinds,
         TILES=64,
     )
-    size = (rows.sum() * PART_MEANS // tiles + 1).clamp_min(max(1, PART_ROWS // inverse.rows_each))
-    ends = torch.zeros(tiles + 1, dtype=torch.int32, device=device)
-    extra = ((rows + size - 1) // size - 1).clamp_min(0)
-    torch.cumsum(extra, 0, dtype=torch.int32, out=ends[1:])
-    places = torch.arange(tiles // PART_MEANS, dtype=torch.int32, device=device)
-    return TileParts(size.int().view(1), ends, torch.searchsorted(ends[1:], places, right=True))
+    size = torch.empty(1, dtype=torch.int32, device=device)
+    ends = torch.empty(tiles + 1, dtype=torch.int32, device=device)
+    extra = torch.empty(tiles // PART_MEANS, dtype=torch.int64, device=device)
+    least = max(1, PART_ROWS // inverse.rows_each)
+    _cut_kernel[(1,)](rows, size, ends, extra, tiles, len(extra), least, MEANS=PART_MEANS, TILES=1024, num_warps=4)
+    return TileParts(size, ends, extra)
 
 
 @triton.jit(do_not_specialize=["per_head", "members", "first_level", "levels", "units"])
@@ -322,3 +322,27 @@ def _tile_rows_kernel(
         begin, end = tile_range(OFFSETS, item_head, level, o_tile * KEYS, first_level, levels, units, KEYS, KINDS)
         total += end - begin
     tl.store(OUT + head * per_head + o_tile, total.to(tl.int32), mask=o_tile < per_head)
+
+
+@triton.jit(do_not_specialize=["tiles", "bound", "least"])
+def _cut_kernel(ROWS, SIZE, ENDS, EXTRA, tiles, bound, least, MEANS: tl.constexpr, TILES: tl.constexpr):
+    """Size of a part, and the places of the extra ones. One program: it reads one number per tile."""
+    o_tile = tl.arange(0, TILES)
+    total = tl.zeros([TILES], tl.int64)
+    for begin in range(0, tiles, TILES):
+        total += tl.load(ROWS + begin + o_tile, mask=begin + o_tile < tiles, other=0)
+    size = tl.maximum(tl.sum(total, 0) * MEANS // tiles + 1, least)
+    tl.store(SIZE, size.to(tl.int32))
+    tl.store(ENDS, 0)
+    count = 0
+    for begin in range(0, tiles, TILES):
+        tile = begin + o_tile
+        rows = tl.load(ROWS + tile, mask=tile < tiles, other=0)
+        extra = tl.maximum((rows + size - 1) // size - 1, 0).to(tl.int32)
+        end = count + tl.cumsum(extra, 0)
+        tl.store(ENDS + 1 + tile, end, mask=tile < tiles)
+        for part in range(0, tl.max(extra)):
+            tl.store(EXTRA + end - extra + part, tile.to(tl.int64), mask=part < extra)
+        count += tl.sum(extra, 0)
+    for begin in range(count, bound, TILES):
+        tl.store(EXTRA + begin + o_tile, tiles, mask=begin + o_tile < bound)

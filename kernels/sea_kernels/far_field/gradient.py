@@ -7,6 +7,7 @@ from torch.autograd.function import once_differentiable
 from ..chunks import is_differentiated
 from ..masks import BinMask, RunMask
 from . import triton, triton_backward
+from .triton_pool import Pool
 
 
 def far_field_attention(
@@ -45,14 +46,16 @@ class TritonFarField(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         place = {"causal": causal, "scaling": scaling, "attention_mask": attention_mask}
-        output, log_sums = triton.far_field_attention(query, key, value, kept, coarse, centre=centre, **place)
-        ctx.save_for_backward(query, key, value, centre, output, log_sums)
+        output, log_sums, bins = triton.far_field_attention(query, key, value, kept, coarse, centre=centre, **place)
+        ctx.save_for_backward(query, key, value, centre, output, log_sums, *bins)
         ctx.masks, ctx.place = (kept, coarse), place
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grads = triton_backward.far_field_gradients(*ctx.saved_tensors, grad_output, *ctx.masks, **ctx.place)
+        *saved, key, value, offset = ctx.saved_tensors
+        bins = Pool(key, value, offset)
+        grads = triton_backward.far_field_gradients(*saved, bins, grad_output, *ctx.masks, **ctx.place)
         grads = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
         return (*grads, None, None, None, None, None)

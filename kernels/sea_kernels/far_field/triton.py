@@ -15,6 +15,7 @@ from ..masks import BinMask, RunMask
 from ..triton_common import aligned_level, item_span, on_device, row_span, with_dense_rows
 from ..triton_wide_rows import attend_in_bins
 from .triton_bins import attend_to_bins
+from .triton_pool import Pool
 from .triton_walk import Walk, accumulate, inside_runs, near_keys, sorted_entries, unsplit_bins, window_begin
 
 
@@ -29,11 +30,12 @@ def far_field_attention(
     causal: bool,
     scaling: float,
     attention_mask: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Pool]:
     """See :func:`sea_kernels.far_field_attention`. No gradients; a run mask comes without a window before its run.
 
     Returns:
-        The result, and for the backward pass float32 ``[N, H, T]``: log2 of each row's sum of exponentials.
+        The result, and for the backward pass float32 ``[N, H, T]``, log2 of each row's sum of exponentials, and the
+        pooled bins.
     """
     query, key, value = with_dense_rows(query), with_dense_rows(key), with_dense_rows(value)
     walk = Walk(query, key, value, kept, coarse, centre, causal, scaling, attention_mask)
@@ -41,12 +43,13 @@ def far_field_attention(
     output = query.new_empty(*rows, walk.value_dim)
     log_sums = torch.empty(rows, dtype=torch.float32, device=query.device)
     with on_device(query):
-        pools = walk.pools()
+        bins = walk.pooled_bins()
+        pools = [bins, *walk.pooled_runs()]
         attend_to_bins(walk, pools[0], output, log_sums)
         if not walk.looks_twice:
             place = {"causal": causal, "scaling": scaling, "spans": walk.spans, "continues": True}
             attend_in_bins(query, key, value, kept, output, log_sums, **place)
-            return output, log_sums
+            return output, log_sums, bins
         for near, inside in walk.launches():
             _far_field_kernel[(near.meta.shape[1], walk.batch * walk.heads)](
                 query,
@@ -61,7 +64,7 @@ def far_field_attention(
                 num_stages=2,
                 maxnreg=168 if query.itemsize == 2 else None,  # as in the second look
             )
-    return output, log_sums
+    return output, log_sums, bins
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels", "num_runs", "stride", "scale"])

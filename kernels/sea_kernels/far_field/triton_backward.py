@@ -9,6 +9,7 @@ from torch import Tensor
 from ..masks import BinMask, RunMask
 from ..triton_common import on_device, with_dense_rows
 from .triton_key_grad import kept_gradients
+from .triton_pool import Pool
 from .triton_pool_grad import pool_gradients
 from .triton_pooled_grad import pooled_gradients
 from .triton_query_grad import query_gradient
@@ -22,6 +23,7 @@ def far_field_gradients(
     centre: Tensor,
     output: Tensor,
     log_sums: Tensor,
+    bins: Pool,
     grad_output: Tensor,
     kept: BinMask | RunMask,
     coarse: BinMask | None,
@@ -35,14 +37,15 @@ def far_field_gradients(
     Args:
         query, key, value, centre, kept, coarse, causal, scaling, attention_mask: what the forward pass took.
         output: ``[N, H, T, E]``, its result.
-        log_sums: float32 ``[N, H, T]``, the other one.
+        log_sums: float32 ``[N, H, T]``, what it left.
+        bins: the pooled bins, likewise. Pooled runs are as large as keys and values: they are pooled again.
         grad_output: gradient to ``output``, in its dtype.
     """
     query, key, value = with_dense_rows(query), with_dense_rows(key), with_dense_rows(value)
     grad_output = with_dense_rows(grad_output)
     walk = Walk(query, key, value, kept, coarse, centre, causal, scaling, attention_mask)
     with on_device(query):
-        pools = walk.pools()
+        pools = [bins, *walk.pooled_runs()]
         grad_query, delta = query_gradient(walk, pools, output, log_sums, grad_output)
         rows = grad_output, log_sums, delta
         pooled = pooled_gradients(walk, pools, *rows)

@@ -35,8 +35,8 @@ def pool_gradients(
         kept_value: float32 ``[N, G, S, E]``.
     """
     key, value, centre = walk.key, walk.value, walk.centre
-    grad_key = torch.zeros(key.shape, dtype=key.dtype, device=key.device)  # padding keys take no part
-    grad_value = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
+    new = torch.empty if walk.spans is None else torch.zeros  # no program visits padding
+    grad_key, grad_value = (new(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
     tiles = triton.cdiv(walk.num_keys, TILE_KEYS)
     grad_centre = torch.empty(walk.batch, tiles, *centre.shape, dtype=torch.float32, device=key.device)
     _pool_gradients_kernel[(tiles, walk.batch * walk.groups)](

@@ -58,12 +58,17 @@ class Walk:
         self.near = EntryLists(kept, self.num_keys, causal, self.spans)
         self.inside = EntryLists(self.bins, self.num_keys, causal, self.spans, unit=self.width)
 
-    def pools(self) -> list[Pool]:
-        """All aligned bins, and all runs of a second look."""
-        places = [(self.bins.num_bins * self.levels, self.bins.num_bins, 0)]
-        if self.looks_twice:
-            places.append((self.num_runs, 0, self.width.bit_length() - 1))
-        return [pool(self.key, self.value, self.centre, self.spans, *place) for place in places]
+    def pooled_bins(self) -> Pool:
+        """All aligned bins."""
+        places = self.bins.num_bins * self.levels, self.bins.num_bins, 0
+        return pool(self.key, self.value, self.centre, self.spans, *places)
+
+    def pooled_runs(self) -> list[Pool]:
+        """All runs, if there is a second look."""
+        if not self.looks_twice:
+            return []
+        places = self.num_runs, 0, self.width.bit_length() - 1
+        return [pool(self.key, self.value, self.centre, self.spans, *places)]
 
     def launches(self) -> Iterator[tuple[Entries, Entries]]:
         """After two looks: lists of what a launch's blocks keep, and of the bins inside which their runs lie."""
