@@ -97,10 +97,10 @@ def mean_over_rows(values: Tensor, real: Tensor | None) -> Tensor:
         A float32 scalar (float64 for float64).
     """
     values = values if values.dtype == torch.float64 else values.float()
-    if values.dim() == 3:
-        values = values.mean(1)
     if real is None:
         return values.mean()
+    if values.dim() == 3:
+        values = values.mean(1)
     kept = torch.where(real, values, 0.0).sum(-1)
     return (kept / real.sum(-1).clamp_min(1)).mean()
 
@@ -160,15 +160,7 @@ def state_loss(teacher: Tensor, student: Tensor, real: Tensor | None, *, relativ
         real: bool ``[N, T]`` or None.
         relative: divide by the mean square of the teacher's real rows, over the same rows of each item.
     """
-    target = teacher.detach().flatten(2).float()
-    error = (student.flatten(2).float() - target).square().mean(-1)
-    if not relative:
-        return mean_over_rows(error, real)
-    power = target.square().mean(-1)
-    if real is None:
-        return (error.mean(-1) / power.mean(-1).clamp_min(1e-12)).mean()
-    error, power = (torch.where(real, rows, 0.0).sum(-1) for rows in (error, power))
-    return (error / power.clamp_min(1e-12)).mean()
+    return ops.state_loss([teacher], [student], relative=relative, attention_mask=real)
 
 
 def logit_loss(teacher: Tensor, student: Tensor, real: Tensor | None = None) -> Tensor:
@@ -219,8 +211,7 @@ def hidden_loss(
     teacher: Sequence[Tensor], student: Sequence[Tensor], real: Tensor | None, config: DistillationConfig
 ) -> Tensor:
     """L_hid: mean over layers of ``state_loss`` of the hidden states ``[N, T, C]``, embeddings included."""
-    pairs = zip(teacher, student, strict=True)
-    return torch.stack([state_loss(t, s, real, relative=config.relative) for t, s in pairs]).mean()
+    return ops.state_loss(teacher, student, relative=config.relative, attention_mask=real)
 
 
 def weighted_sum(losses: dict[str, Tensor], config: DistillationConfig) -> Tensor:
@@ -230,8 +221,8 @@ def weighted_sum(losses: dict[str, Tensor], config: DistillationConfig) -> Tenso
 
 def _pair(name: str, divergence: Tensor, square_error: Tensor, record: LayerRecord) -> dict[str, Tensor]:
     real = record.attention_mask
-    num_keys = divergence.shape[-1] if real is None else real.sum(-1).clamp_min(1)[:, None, None]
-    return {
-        f"{name}_kl": mean_over_rows(divergence, real),
-        f"{name}_mse": mean_over_rows(square_error / num_keys, real),
-    }
+    if real is None:  # one number divides them all
+        error = mean_over_rows(square_error, None) / divergence.shape[-1]
+    else:
+        error = mean_over_rows(square_error / real.sum(-1).clamp_min(1)[:, None, None], real)
+    return {f"{name}_kl": mean_over_rows(divergence, real), f"{name}_mse": error}

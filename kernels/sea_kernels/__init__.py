@@ -1,6 +1,6 @@
 """Operations of SEA attention, one folder each: a PyTorch form and, where it exists, a Triton form."""
 
-from .distillation import TeacherStatistics, attention_loss, estimation_loss, kept_mass, teacher_statistics
+from .distillation import TeacherStatistics, attention_loss, estimation_loss, kept_mass, state_loss, teacher_statistics
 from .export import count_keys, to_dense, to_flat_csr
 from .far_field import count_pooled, far_field_attention
 from .linear_attention import LinearState, linear_attention
@@ -29,6 +29,7 @@ __all__ = [
     "second_look",
     "select_bins",
     "sparse_attention",
+    "state_loss",
     "teacher_statistics",
     "to_dense",
     "to_flat_csr",

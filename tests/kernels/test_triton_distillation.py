@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sea_kernels import attention_loss, estimation_loss, kept_mass, teacher_statistics
+from sea_kernels import attention_loss, estimation_loss, kept_mass, state_loss, teacher_statistics
 from sea_kernels.bins import bin_of, bin_start
 from sea_kernels.distillation import TeacherStatistics, reference, triton_attention, triton_teacher
 from sea_kernels.distillation.triton_teacher import bin_of_keys
@@ -397,3 +397,48 @@ def test_float64_has_no_kernel():
         attention_loss(query, key, query.float(), key.float(), teacher_scaling=1.0, scaling=1.0, **rest)
     with pytest.raises(NotImplementedError, match=r"kept_mass.* no Triton form"):
         kept_mass(query, key, random_mask((1, 2, 20), "aligned"), scaling=1.0, **rest)
+
+
+def state_losses(pairs, backend, cast, **options):
+    """The loss of pairs of states, and its gradients to the student's."""
+    teacher, student = ([cast(state) for state in states] for states in zip(*pairs, strict=True))
+    student = [state.requires_grad_() for state in student]
+    loss = state_loss(teacher, student, backend=backend, **options)
+    return loss, *torch.autograd.grad(-3 * loss, student)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+@pytest.mark.parametrize(("shape", "padded"), [((2, 70, 300), False), ((3, 41, 2, 12), True)])
+def test_state_loss_matches(shape, padded, relative):
+    pairs = [(random(*shape, seed=seed), random(*shape, seed=seed + 9)) for seed in range(2 if padded else 1)]
+    options = {"relative": relative}
+    if padded:
+        options["attention_mask"] = torch.arange(41) < torch.tensor([[41], [20], [0]])  # the last item is empty
+    expected = state_losses(pairs, "reference", exact, **options)
+    if padded:
+        for state in (state for pair in pairs for state in pair):
+            state[~options["attention_mask"].to(DEVICE)] = torch.nan
+    loss, *grads = state_losses(pairs, "triton", torch.clone, **on_device(options))
+    torch.testing.assert_close(exact(loss), expected[0])
+    for grad, wanted in zip(grads, expected[1:], strict=True):
+        assert (exact(grad) - wanted).norm() <= 1e-6 * wanted.norm()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_state_loss_of_contexts_in_half_precision(dtype):
+    teacher, student = (random(1, 3, 50, 16, seed=seed).to(dtype).transpose(1, 2) for seed in range(2))
+    loss, grad = state_losses([(teacher, student)], "triton", torch.detach, relative=True)
+    expected, wanted = state_losses([(teacher, student)], "reference", exact, relative=True)
+    torch.testing.assert_close(exact(loss), expected, rtol=1e-5, atol=0)
+    assert (exact(grad) - wanted).norm() <= 1e-2 * wanted.norm()
+    assert (grad.dtype, grad.stride()) == (dtype, student.stride())
+
+
+def test_states_that_do_not_fit_are_refused():
+    state = torch.zeros(1, 3, 4)
+    with pytest.raises(ValueError, match="expected as many, at least 1"):
+        state_loss([], [], relative=True)
+    with pytest.raises(ValueError, match="a state of teacher has shape"):
+        state_loss([state[:, 1:]], [state], relative=True)
+    with pytest.raises(ValueError, match="attention_mask has shape"):
+        state_loss([state], [state], relative=True, attention_mask=torch.ones(1, 2))

@@ -4,17 +4,19 @@ An estimated row e is constant inside a bin, so its distance from a teacher's ro
 bin and two numbers per row (:class:`TeacherStatistics`). All losses come per row; how to average them is the caller's.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..backend import KERNEL_DTYPES, Backend, choose_backend, fits_kernels, has_gather
+from ..backend import KERNEL_DTYPES, Backend, choose_backend, fits_kernels, has_gather, has_kernel_dtype
 from ..bins import LAYOUTS, Layout
 from ..checks import check_bins, check_choice, check_mask, check_qkv, check_same_device, check_shape
 from ..masks import BinMask, RunMask
 from ..spans import check_rows, row_spans
 
-__all__ = ["TeacherStatistics", "attention_loss", "estimation_loss", "kept_mass", "teacher_statistics"]
+__all__ = ["TeacherStatistics", "attention_loss", "estimation_loss", "kept_mass", "state_loss", "teacher_statistics"]
 
 
 class TeacherStatistics(NamedTuple):
@@ -213,6 +215,61 @@ def attention_loss(
 
     spans = row_spans(*rows, causal=causal, attention_mask=attention_mask, device=query.device)
     return reference.attention_loss(*tensors, spans, causal=causal, teacher_scaling=teacher_scaling, scaling=scaling)
+
+
+def state_loss(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    *,
+    relative: bool,
+    attention_mask: Tensor | None = None,
+    backend: Backend = "auto",
+) -> Tensor:
+    """Mean squared error between states: over the real rows of an item, then over items and pairs of states.
+
+    Computed in float32 for half-precision states, also under autocast; float64 stays float64. The Triton form keeps no
+    copies of the states. Gradients flow to the student's states.
+
+    Args:
+        teacher: states ``[N, T, ...]``, all of one shape; no gradient reaches them.
+        student: as many, of that shape.
+        relative: divide an item's error by the teacher's mean square over the same rows, at least 1e-12.
+        attention_mask: bool or integer ``[N, T]``, nonzero at real rows; what other rows hold does not matter.
+        backend: "auto", "reference" or "triton".
+
+    Returns:
+        A scalar, float32 (float64 for float64 states). An item without real rows adds 0.
+
+    Raises:
+        ValueError: if there are no states, or a shape or device does not fit.
+        NotImplementedError: for ``backend="triton"`` where it cannot run.
+    """
+    if not student or len(teacher) != len(student):
+        raise ValueError(f"teacher has {len(teacher)} states and student {len(student)}, expected as many, at least 1")
+    first = student[0]
+    for name, states in (("teacher", teacher), ("student", student)):
+        for state in states:
+            check_shape(f"a state of {name}", state, tuple(first.shape), "the shape of student's first")
+            check_same_device(state=state, first=first)
+    if attention_mask is not None:
+        check_shape("attention_mask", attention_mask, tuple(first.shape[:2]), "[batch, num_rows]")
+        check_same_device(attention_mask=attention_mask, first=first)
+    teacher, student = ([_as_rows(state) for state in states] for states in (teacher, student))
+    teacher = [state.detach() for state in teacher]
+    exists = has_kernel_dtype(*teacher, *student)
+    if choose_backend(backend, first, triton_exists=exists, operation="state_loss") == "triton":
+        from .gradient import TritonStateLoss
+
+        real = None if attention_mask is None else (attention_mask != 0).contiguous().view(torch.uint8)
+        return TritonStateLoss.apply(real, relative, *teacher, *student)
+    from . import reference
+
+    return reference.state_loss(teacher, student, attention_mask, relative)
+
+
+def _as_rows(state: Tensor) -> Tensor:
+    """``[N, T, A, B]`` from ``[N, T, ...]``, without a copy of hidden states and contexts."""
+    return state.unsqueeze(2) if state.dim() == 3 else state if state.dim() == 4 else state.flatten(2).unsqueeze(2)
 
 
 def kept_mass(

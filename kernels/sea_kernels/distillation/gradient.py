@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from ..bins import Layout
 from ..triton_common import item_spans, with_dense_rows
-from . import triton_attention, triton_estimation
+from . import triton_attention, triton_estimation, triton_states
 from .triton_attention import RowNumbers, Tensors
 
 
@@ -77,3 +77,27 @@ class TritonAttentionLoss(torch.autograd.Function):
             **ctx.rest,
         )
         return (None, None, *grads, *[None] * 5)
+
+
+class TritonStateLoss(torch.autograd.Function):
+    """``state_loss`` in Triton. Gradients flow to the student's states only.
+
+    Takes the teacher's states and then the student's, as many.
+    """
+
+    @staticmethod
+    def forward(ctx, real: Tensor | None, relative: bool, *states: Tensor) -> Tensor:
+        states = [with_dense_rows(state) for state in states]
+        pairs = len(states) // 2
+        loss, factors = triton_states.state_loss(states[:pairs], states[pairs:], real, relative)
+        ctx.save_for_backward(real, factors, *states)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        real, factors, *states = ctx.saved_tensors
+        pairs = len(states) // 2
+        rows = zip(factors, states[:pairs], states[pairs:], ctx.needs_input_grad[2 + pairs :], strict=True)
+        grads = [triton_states.state_gradient(grad_output, *own, real) if needed else None for *own, needed in rows]
+        return (None, None, *[None] * pairs, *grads)

@@ -1,5 +1,7 @@
 """PyTorch forms of the distillation losses: tiles of attention, a chunk of rows at a time."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -107,6 +109,23 @@ def kept_mass(
         attention = _scores(query[:, :, rows], key[:, :, :end], spans, rows, scaling).softmax(-1)
         kept.append(attention.masked_fill(~kept_keys(mask, spans, end, rows), 0).sum(-1))
     return torch.cat(kept, 2)
+
+
+def state_loss(teacher: Sequence[Tensor], student: Sequence[Tensor], real: Tensor | None, relative: bool) -> Tensor:
+    """See :func:`sea_kernels.state_loss`; states ``[N, T, A, B]``."""
+    return torch.stack([_state_loss(t, s, real, relative) for t, s in zip(teacher, student, strict=True)]).mean()
+
+
+def _state_loss(teacher: Tensor, student: Tensor, real: Tensor | None, relative: bool) -> Tensor:
+    dtype = working_dtype(student.dtype)
+    target = teacher.flatten(2).to(dtype)
+    error, power = (student.flatten(2).to(dtype) - target).square().mean(-1), target.square().mean(-1)
+    if real is None:
+        error, power = error.mean(-1), power.mean(-1)
+    else:
+        count = real.sum(-1).clamp_min(1)
+        error, power = (torch.where(real != 0, rows, 0.0).sum(-1) / count for rows in (error, power))
+    return (error / power.clamp_min(1e-12) if relative else error).mean()
 
 
 def _tiles(query: Tensor, key: Tensor, causal: bool) -> list[tuple[slice, int]]:
