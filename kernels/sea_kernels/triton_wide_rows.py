@@ -90,8 +90,10 @@ def _launch_config(dtype: torch.dtype, row_bytes: int) -> dict:
     """Launch parameters; ``row_bytes`` of the wider of keys and values."""
     if dtype.itemsize > 2:  # without matrix units the products take many registers
         return {"num_warps": 8, "num_stages": 2, "maxnreg": 255}
-    # Three stages load a tile while another is in use, and of 168 registers three programs share a multiprocessor.
-    return {"num_warps": 4, "num_stages": 3, "maxnreg": 168 if row_bytes <= 256 else 255}
+    # Three stages load a tile while another is in use. Of 128 registers four programs share a multiprocessor, of 168
+    # three.
+    registers = 128 if row_bytes <= 128 else 168 if row_bytes <= 256 else 255
+    return {"num_warps": 4, "num_stages": 3, "maxnreg": registers}
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels", "scale"])
