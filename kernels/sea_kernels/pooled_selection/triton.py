@@ -82,7 +82,7 @@ def pooled_selection(
             KEEP_OWN=keep_own,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             num_warps=4,
-            num_stages=2,
+            num_stages=1,  # there is little to load, and no register to spare
         )
     return bits
 
