@@ -37,9 +37,8 @@ class WideLists:
 
     The lists come as :class:`Entries` whose ``packed``, int32, holds an entry's first key, a multiple of 32, plus log2
     of the keys of the bin, and whose ``meta``, int32 ``[N * H, blocks, 3]``, adds a number to theirs: how many entries,
-    from the first on, are bins that the block's rows see whole. It is 0 in blocks whose rows' bins have several widths,
-    or are smaller than an entry. Entries of at least 64 keys (``least_level``) count with smaller bins as well, if the
-    rows see all of their keys.
+    from the first on, the block's rows see whole. It is 0 in blocks whose rows' bins have several widths, or are
+    smaller than ``whole_level`` says.
 
     Args:
         mask: aligned bins.
@@ -49,6 +48,8 @@ class WideLists:
         rows: of a block.
         least_level: log2 of the keys of the smallest entry, 5 or 6. Blocks with bins of one key have entries of 32 keys
             nevertheless, since a word of a row's bits has bits for no more.
+        whole_level: log2 of the keys of the smallest bins in entries that count as whole, at least 1 if least_level
+            is 6. Without it, entries of at least 32 keys are single bins, those of at least 64 have any.
     """
 
     def __init__(
@@ -59,9 +60,12 @@ class WideLists:
         spans: Tensor | None,
         rows: int,
         least_level: int = TILE_LEVEL,
+        whole_level: int | None = None,
     ) -> None:
         self.bits, self.num_bins, self.num_keys = mask.bits.contiguous(), mask.num_bins, num_keys
         self.causal, self.spans, self.rows, self.least_level = causal, spans, rows, least_level
+        default = TILE_LEVEL if least_level == TILE_LEVEL else 1
+        self.whole_level = default if whole_level is None else whole_level
         self.batch, self.heads, self.num_queries, _ = mask.bits.shape
         self.blocks = cdiv(self.num_queries, rows)
         self.levels = count_levels(num_keys, mask.num_bins)
@@ -109,6 +113,7 @@ class WideLists:
             self.levels,
             WORDS_PADDED=next_power_of_2(self.num_bins // 32),
             LEAST_LEVEL=self.least_level,
+            WHOLE_LEVEL=self.whole_level,
             **self.flags(),
             num_warps=4,
         )
@@ -139,6 +144,7 @@ def _list_kernel(
     NUM_BINS: tl.constexpr,
     WORDS_PADDED: tl.constexpr,
     LEAST_LEVEL: tl.constexpr,
+    WHOLE_LEVEL: tl.constexpr,
     CAPACITY: tl.constexpr,
     ROWS: tl.constexpr,
     CAUSAL: tl.constexpr,
@@ -177,8 +183,7 @@ def _list_kernel(
         whole += tl.sum((listed & (start + (1 << unit) <= shortest)).to(tl.int32), 0)
     tl.store(META + place * 3, count)
     tl.store(META + place * 3 + 1, unit)
-    one_level = (low == high) & ((low == unit) | ((LEAST_LEVEL > 5) & (low > 0)))
-    tl.store(META + place * 3 + 2, tl.where(one_level, whole, 0))
+    tl.store(META + place * 3 + 2, tl.where((low == high) & (low >= WHOLE_LEVEL), whole, 0))
 
 
 @triton.jit

@@ -13,9 +13,21 @@ from torch import Tensor
 
 from .masks import BinMask
 from .triton_common import aligned_level, item_span, next_power_of_2, row_span
-from .triton_wide_lists import TILE, WideLists, load_tile, rows_per_block, tile_start, visit_tile
+from .triton_wide_lists import (
+    TILE,
+    TILE_LEVEL,
+    WIDE_TILE,
+    WIDE_TILE_BYTES,
+    WideLists,
+    load_tile,
+    rows_per_block,
+    tile_start,
+    visit_tile,
+)
 
 LOG2E = 1.4426950408889634
+LEAST_LEVEL = 3  # log2 of the keys of the smallest bins that tiles of 64 take without a mask per score
+MOST_STRIDE = 1 << 25  # between rows of keys or values, such that offsets within a tile fit into 32 bits
 
 
 def attend_in_bins(
@@ -48,9 +60,13 @@ def attend_in_bins(
     """
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
-    lists = WideLists(mask, key.shape[2], causal, spans, rows_per_block(query, value))
-    row_bytes = max(head_dim, value_dim) * query.itemsize
-    for chunk, whole_tile in lists.launches(row_bytes):
+    rows, row_bytes = rows_per_block(query, value), max(head_dim, value_dim) * query.itemsize
+    tile, least = (WIDE_TILE, LEAST_LEVEL) if row_bytes <= WIDE_TILE_BYTES else (TILE, TILE_LEVEL)
+    lists = WideLists(mask, key.shape[2], causal, spans, rows, whole_level=least)
+    key, value = (x if x.stride(2) <= MOST_STRIDE else x.contiguous() for x in (key, value))
+    if scaling < 0:  # with a factor of at least 0 the greatest product of a row gives its greatest score
+        query, scaling = -query, -scaling
+    for chunk in lists.chunks():
         entries = lists.build(*chunk)
         _walk_kernel[(chunk[1], batch * heads)](
             query,
@@ -78,7 +94,9 @@ def attend_in_bins(
             HEAD_PADDED=max(16, next_power_of_2(head_dim)),
             VALUE_PADDED=max(16, next_power_of_2(value_dim)),
             TILE=TILE,
-            WHOLE_TILE=whole_tile,
+            WHOLE_TILE=tile,
+            LEAST_LEVEL=least,
+            LEVELS=min(lists.levels, tile.bit_length()),
             CONTINUES=continues,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **lists.flags(),
@@ -133,12 +151,15 @@ def _walk_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     WHOLE_TILE: tl.constexpr,
+    LEAST_LEVEL: tl.constexpr,
+    LEVELS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     CONTINUES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys come first
+    item_head = tl.program_id(1).to(tl.int64)
     item, head = item_head // heads, item_head % heads
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
     rows = (first_block + block) * ROWS + tl.arange(0, ROWS)
@@ -150,9 +171,6 @@ def _walk_kernel(
     o_dim = tl.arange(0, HEAD_PADDED)
     p_q = Q + item * q_item + head * q_head + rows.to(tl.int64)[:, None] * q_row + o_dim[None, :]
     b_q = tl.load(p_q, mask=seeing[:, None] & (o_dim < HEAD_DIM)[None, :], other=0.0)  # [ROWS, HEAD]
-    # With a factor of at least 0 the greatest product of a row gives its greatest score.
-    b_q = tl.where(scale < 0, -b_q, b_q)
-    scale = tl.abs(scale)
     p_out = OUT + row[:, None] * VALUE_DIM + tl.arange(0, VALUE_PADDED)[None, :]
     if CONTINUES:
         highest = tl.load(LOG_SUM + row, mask=m_row, other=-1e30)
@@ -171,29 +189,18 @@ def _walk_kernel(
     count, whole = tl.load(META + place * 3), tl.load(META + place * 3 + 2)
     p_words = BITS + row * (NUM_BINS // 32)
 
-    # Tiles of one bin that all rows see whole: a row keeps all of their keys or none.
+    # Tiles that all rows see whole. Each width of bins has a loop of its own, all that fill a tile have the last one.
     steps = (whole << unit) // WHOLE_TILE
-    start = tile_start(ENTRIES, 0, steps, unit, WHOLE_TILE)
-    next_bin = tile_start(ENTRIES, 1, steps, unit, WHOLE_TILE) >> unit
-    word = tl.load(p_words + (start >> unit >> 5), mask=seeing, other=0)
-    for step in range(0, steps):
-        keep = ((word >> ((start >> unit) & 31)) & 1) != 0
-        # What a step needs comes one step early, and the bin of its words two, so that no step waits for them.
-        word = tl.load(p_words + (next_bin >> 5), mask=seeing, other=0)
-        next_bin = tile_start(ENTRIES, step + 2, steps, unit, WHOLE_TILE) >> unit
-        o_key = start + tl.arange(0, WHOLE_TILE)
-        start = tile_start(ENTRIES, step + 1, steps, unit, WHOLE_TILE)
-        b_k = load_tile(K, o_key, None, k_row, HEAD_DIM, HEAD_PADDED)
-        b_v = load_tile(V, o_key, None, v_row, VALUE_DIM, VALUE_PADDED)
-        products = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        new_highest = tl.where(keep, tl.maximum(highest, tl.max(products, 1) * scale), highest)
-        offset = tl.where(keep, new_highest, float("inf"))
-        weights = tl.exp2(products * scale - offset[:, None])
-        total, acc = _add_values(weights, b_v, tl.exp2(highest - new_highest), total, acc, PRECISION)
-        highest = new_highest
+    width = tl.load(ENTRIES, mask=whole > 0, other=0) & 31  # log2 of the bins' keys
+    for own in tl.static_range(LEAST_LEVEL, LEVELS):
+        if (width == own) | ((width > own) & ((1 << own) == WHOLE_TILE)):
+            highest, total, acc = _take_whole_bins(
+                b_q, K, V, k_row, v_row, scale, ENTRIES, p_words, seeing, steps, width, highest, total, acc,
+                own, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, WHOLE_TILE, PRECISION,
+            )  # fmt: skip
 
     tiles = unit - 5  # log2 of an entry's
-    for step in range(whole << tiles, count << tiles):
+    for step in range(steps * (WHOLE_TILE // TILE), count << tiles):
         o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
         b_k = load_tile(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)
         b_v = load_tile(V, o_key, o_key < real, v_row, VALUE_DIM, VALUE_PADDED)
@@ -215,6 +222,107 @@ def _walk_kernel(
     if ROW_SCALE is not None:
         factor *= tl.load(ROW_SCALE + row, mask=m_row, other=0.0).to(tl.float32)
     tl.store(p_out, (acc * factor[:, None]).to(OUT.dtype.element_ty), mask=m_row[:, None] & m_value)
+
+
+@triton.jit
+def _take_whole_bins(
+    b_q,
+    K,
+    V,
+    k_row,
+    v_row,
+    scale,
+    LIST,
+    p_words,
+    seeing,
+    steps,
+    width,
+    highest,
+    total,
+    acc,
+    LEVEL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Go on with the softmax over tiles of one or two entries, of whose bins a row keeps all keys or none.
+
+    steps: tiles, from the first entry on.
+    width: log2 of the bins' keys, LEVEL or, if that fills a tile, more.
+    """
+    ENTRY: tl.constexpr = min(TILE, max(32, 1 << LEVEL))
+    HALVES: tl.constexpr = TILE // ENTRY  # entries of a tile: left and right, which are the same if there is one
+    BIN: tl.constexpr = min(TILE, 1 << LEVEL)
+    BINS: tl.constexpr = TILE // BIN
+    if BIN < TILE:
+        width = width * 0 + LEVEL
+    unit = tl.maximum(width, 5)
+    o_tile, o_bin = tl.arange(0, TILE), tl.arange(0, BINS)
+    left, right = _tile_starts(LIST, 0, steps, unit, ENTRY, HALVES)
+    next_left, next_right = _tile_starts(LIST, 1, steps, unit, ENTRY, HALVES)
+    left_word = tl.load(p_words + (left >> width >> 5), mask=seeing, other=0)
+    right_word = tl.load(p_words + (right >> width >> 5), mask=seeing, other=0)
+    for step in range(0, steps):
+        # Which half a score belongs to is known when the kernel is compiled, for every register that holds one.
+        o_key = tl.where(o_tile < ENTRY, left, right - ENTRY * (HALVES - 1)) + o_tile
+        left_bits, right_bits = left_word >> ((left >> width) & 31), right_word >> ((right >> width) & 31)
+        bits = tl.where((o_bin < BINS // HALVES)[None, :], left_bits[:, None], right_bits[:, None])
+        keep = ((bits >> (o_bin % (BINS // HALVES))[None, :]) & 1) != 0  # [ROWS, BINS]
+        # What a step needs comes one step early, and the bins of its words two, so that no step waits for them.
+        left_word = tl.load(p_words + (next_left >> width >> 5), mask=seeing, other=0)
+        right_word = tl.load(p_words + (next_right >> width >> 5), mask=seeing, other=0)
+        left, right = _tile_starts(LIST, step + 1, steps, unit, ENTRY, HALVES)
+        next_left, next_right = _tile_starts(LIST, step + 2, steps, unit, ENTRY, HALVES)
+        b_k = _load_rows(K, o_key, k_row, HEAD_DIM, HEAD_PADDED)
+        b_v = _load_rows(V, o_key, v_row, VALUE_DIM, VALUE_PADDED)
+        products = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if BINS == 1:
+            greatest, keep = tl.max(products, 1), tl.max(keep.to(tl.int32), 1) != 0
+            new_highest = tl.where(keep, tl.maximum(highest, greatest * scale), highest)
+            weights = tl.exp2(products * scale - tl.where(keep, new_highest, float("inf"))[:, None])
+        else:
+            new_highest, weights = _weights_of_bins(products, keep, highest, scale)
+        total, acc = _add_values(weights, b_v, tl.exp2(highest - new_highest), total, acc, PRECISION)
+        highest = new_highest
+    return highest, total, acc
+
+
+@triton.jit
+def _weights_of_bins(products, keep, highest, scale):
+    """New maxima [ROWS] and weights [ROWS, TILE] of a tile of bins, if ``keep [ROWS, BINS]`` says who keeps which."""
+    ROWS: tl.constexpr = products.shape[0]
+    TILE: tl.constexpr = products.shape[1]
+    BINS: tl.constexpr = keep.shape[1]
+    # Of every eight columns the matrix units leave two with each of four threads, which reduce their own first.
+    products = tl.reshape(products, (ROWS, BINS, TILE // BINS // 8, 8))
+    greatest = tl.where(keep[:, :, None], tl.max(products, 2), float("-inf"))
+    greatest = tl.max(tl.max(greatest, 1), 1)
+    new_highest = tl.where(greatest > float("-inf"), tl.maximum(highest, greatest * scale), highest)
+    offset = tl.where(keep[:, :, None], new_highest[:, None, None], float("inf"))
+    offset = tl.broadcast_to(offset, (ROWS, BINS, 8))
+    weights = tl.exp2(products * scale - offset[:, :, None, :])
+    return new_highest, tl.reshape(weights, (ROWS, TILE))
+
+
+@triton.jit
+def _tile_starts(ENTRIES, step, steps, unit, ENTRY: tl.constexpr, HALVES: tl.constexpr):
+    """First keys of the first and of the last entry of a tile, which has ``HALVES`` of them."""
+    left = tile_start(ENTRIES, step * HALVES, steps * HALVES, unit, ENTRY)
+    return left, tile_start(ENTRIES, step * HALVES + HALVES - 1, steps * HALVES, unit, ENTRY)
+
+
+@triton.jit
+def _load_rows(BASE, o_key, stride, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of a matrix, in one or two parts that follow one another. [TILE, PADDED]"""
+    o_tile, o_dim = tl.arange(0, o_key.shape[0]), tl.arange(0, PADDED)
+    # One product for a part: the others are the same for every tile. What a thread loads lies 16 rows apart, so that it
+    # keeps one offset of its own.
+    pointer = BASE + (o_key - o_tile).to(tl.int64)[:, None] * stride + (o_tile // 16 * 16)[:, None] * stride
+    pointer += (o_tile % 16).to(tl.int64)[:, None] * stride + o_dim[None, :]
+    return tl.load(pointer) if DIM == PADDED else tl.load(pointer, mask=(o_dim < DIM)[None, :], other=0.0)
 
 
 @triton.jit

@@ -1,12 +1,12 @@
-"""Tiles of one bin that all rows of a block see whole, which the Triton form of attention to bins takes without a mask.
+"""Tiles of bins that all rows of a block see whole, which the Triton form of attention to bins takes without a mask.
 
-With 32 bins, rows of 513 keys or more have bins of at least 32 keys, and rows of 1025 or more of at least 64.
+With 32 bins, rows of 129 keys or more have bins of at least 8 keys, and rows of 257, 513, 1025 or more of 16, 32, 64.
 """
 
 import pytest
 import torch
 
-from sea_kernels import far_field_attention, sparse_attention, triton_wide_lists
+from sea_kernels import far_field_attention, sparse_attention, triton_wide_lists, triton_wide_rows
 from sea_kernels.masks import BinMask, pack_bits
 from sea_kernels.spans import row_spans
 from sea_kernels.triton_common import item_spans
@@ -29,42 +29,41 @@ def random_bins(shape, share=0.3, shared_rows=16, own=None):
     return BinMask(pack_bits(keep).to(DEVICE), 32, "aligned")
 
 
-def whole_entries(mask, keys, *, causal, attention_mask=None):
+def whole_entries(mask, keys, *, causal, attention_mask=None, level=triton_wide_rows.LEAST_LEVEL):
     """The third number of ``meta`` as the lists have it, and computed from the rows' bits. [N * H, blocks]"""
     real = None if attention_mask is None else attention_mask.to(DEVICE)
-    lists = triton_wide_lists.WideLists(mask, keys, causal, item_spans(real), ROWS)
+    lists = triton_wide_lists.WideLists(mask, keys, causal, item_spans(real), ROWS, whole_level=level)
     listed = torch.cat([lists.build(*chunk).meta for chunk in lists.chunks()], 1)[..., 2].cpu()
     batch, heads, queries, _ = mask.bits.shape
     spans = row_spans(batch, queries, keys, causal=causal, attention_mask=attention_mask)
     expected = torch.zeros(batch, heads, lists.blocks, dtype=torch.int32)
-    bins = torch.arange(32)
-    bits = ((mask.bits.cpu() >> bins) & 1) != 0
+    bits = ((mask.bits.cpu() >> torch.arange(32)) & 1) != 0
     for item in range(batch):
         for block in range(lists.blocks):
             rows = slice(block * ROWS, (block + 1) * ROWS)
             length = spans.length[item, rows]
             width = 2 ** torch.stack([length > (32 << step) for step in range(12)]).sum(0)
             seeing = length > 0
-            if not seeing.any() or len(set(width[seeing].tolist())) > 1 or int(width[seeing][0]) < 32:
+            if not seeing.any() or len(set(width[seeing].tolist())) > 1 or int(width[seeing][0]) < 2**level:
                 continue
-            kept = bits[item, :, rows][:, seeing].any(1)
-            inside = (bins + 1) * int(width[seeing][0]) <= int(length[seeing].min())
+            width, joined = int(width[seeing][0]), max(1, 32 // int(width[seeing][0]))
+            kept = bits[item, :, rows][:, seeing].any(1).unflatten(-1, (32 // joined, joined)).any(-1)
+            inside = (torch.arange(32 // joined) + 1) * joined * width <= int(length[seeing].min())
             expected[item, :, block] = (kept & inside).sum(-1)
     return listed, expected.flatten(0, 1)
 
 
 @pytest.fixture
-def tiles(monkeypatch):
-    """Keys at a time and number of blocks of every launch."""
-    launches, original = [], triton_wide_lists.WideLists.launches
+def launches(monkeypatch):
+    """Number of blocks of every launch."""
+    blocks, original = [], triton_wide_lists.WideLists.build
 
-    def remember(*args):
-        result = original(*args)
-        launches.extend((tile, chunk[1]) for chunk, tile in result)
-        return result
+    def remember(self, first_block, num_blocks):
+        blocks.append(num_blocks)
+        return original(self, first_block, num_blocks)
 
-    monkeypatch.setattr(triton_wide_lists.WideLists, "launches", remember)
-    return launches
+    monkeypatch.setattr(triton_wide_lists.WideLists, "build", remember)
+    return blocks
 
 
 def assert_same(query, key, value, mask, *, causal, attention_mask=None, scaling=0.35, tolerance=1e-6):
@@ -80,9 +79,17 @@ def assert_same(query, key, value, mask, *, causal, attention_mask=None, scaling
 
 @pytest.mark.parametrize(
     ("queries", "keys", "scaling"),
-    [(140, 700, 0.35), (100, 1100, 0.35), (100, 1100, -0.35), (100, 1100, 0.0), (150, 1100, 0.35)],
+    [
+        (70, 200, 0.35),
+        (100, 480, 0.35),
+        (140, 700, 0.35),
+        (100, 1100, 0.35),
+        (100, 1100, -0.35),
+        (100, 1100, 0.0),
+        (150, 1100, 0.35),
+    ],
 )
-def test_causal_rows_behind_a_cache(random_qkv, tiles, queries, keys, scaling):
+def test_causal_rows_behind_a_cache(random_qkv, queries, keys, scaling):
     sizes = {"batch": 1, "heads": 2, "groups": 1, "width": 8, "value_width": 6}
     query, key, value = (x.float() for x in random_qkv(queries=queries, keys=keys, **sizes))
     mask = random_bins(query.shape[:3])
@@ -90,76 +97,86 @@ def test_causal_rows_behind_a_cache(random_qkv, tiles, queries, keys, scaling):
     assert torch.equal(listed, expected)
     assert (listed > 0).any()
     assert_same(query, key, value, mask, causal=True, scaling=scaling)
-    narrow = {140: 3, 100: 1, 150: 2}[queries]  # blocks with rows of at most 1024 keys
-    assert sum(blocks for tile, blocks in tiles if tile == 32) == narrow
-    assert sum(blocks for tile, blocks in tiles if tile == 64) == -(-queries // ROWS) - narrow
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float16, 1e-3)])
-def test_all_rows_of_a_long_input(random_qkv, tiles, dtype, tolerance):
+def test_all_rows_of_a_long_input(random_qkv, launches, dtype, tolerance):
     query, key, value = (x.to(dtype) for x in random_qkv(batch=1, heads=1, groups=1, queries=1400, width=16))
     mask = random_bins(query.shape[:3])
+    assert_same(query, key, value, mask, causal=True, tolerance=tolerance)
+    assert launches == [22]
     listed, expected = whole_entries(mask, 1400, causal=True)
     assert torch.equal(listed, expected)
-    assert_same(query, key, value, mask, causal=True, tolerance=tolerance)
-    assert tiles == [(32, 16), (64, 6)]
-    assert (listed[0, :8] == 0).all()  # bins narrower than a tile
-    assert (listed[0, 10:] > 0).all()
+    # Blocks of 2, 4 and 8 have rows with bins of two widths, and those before the third have smaller ones.
+    assert [block for block in range(22) if listed[0, block] == 0] == [0, 1]
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_padding_on_both_sides(random_qkv, padding_mask, tiles, causal):
+def test_smaller_bins_are_not_whole_unless_asked_for(random_qkv):
+    mask = random_bins((1, 1, 640))
+    listed, expected = whole_entries(mask, 640, causal=True, level=5)
+    assert torch.equal(listed, expected)
+    assert [block for block in range(10) if listed[0, block] > 0] == [8, 9]
+
+
+@pytest.mark.parametrize(("keys", "causal"), [(230, True), (700, True), (700, False)])
+def test_padding_on_both_sides(random_qkv, padding_mask, keys, causal):
     sizes = {"batch": 3, "heads": 1, "groups": 1, "width": 8, "value_width": 8}
-    keys = 700
-    queries = 150 if causal else keys
+    queries = 70 if keys == 230 else 150 if causal else keys
     query, key, value = (x.float() for x in random_qkv(queries=queries, keys=keys, **sizes))
-    real = padding_mask(keys, [(31, 0), (100, 37), (keys, 0)])
+    real = padding_mask(keys, [(31, 0), (20, 37), (keys, 0)])
     mask = random_bins(query.shape[:3])
     listed, expected = whole_entries(mask, keys, causal=causal, attention_mask=real)
     assert torch.equal(listed, expected)
     assert (listed > 0).any()
     query[~real[:, None, keys - queries :].expand(query.shape[:3])] = float("nan")  # padding rows never matter
     assert_same(query, key, value, mask, causal=causal, attention_mask=real)
-    assert {tile for tile, _ in tiles} == {32}
 
 
-@pytest.mark.parametrize(("keys", "tile"), [(600, 32), (1030, 64)])
-def test_bidirectional_rows(random_qkv, tiles, keys, tile):
+@pytest.mark.parametrize("keys", [200, 400, 600, 1030])
+def test_bidirectional_rows(random_qkv, launches, keys):
     query, key, value = (x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=keys, width=8))
     mask = random_bins(query.shape[:3], share=0.2)
+    assert_same(query, key, value, mask, causal=False)
+    assert launches == [-(-keys // ROWS)]
     listed, expected = whole_entries(mask, keys, causal=False)
     assert torch.equal(listed, expected)
     assert (listed > 0).all()
-    assert_same(query, key, value, mask, causal=False)
-    assert tiles == [(tile, -(-keys // ROWS))]
 
 
-def test_rows_without_64_keys_at_a_time(random_qkv, tiles):
+@pytest.mark.parametrize("keys", [400, 700])
+def test_rows_without_64_keys_at_a_time(random_qkv, keys):
     """Wide rows take smaller blocks, and 32 keys at a time."""
-    query, key, value = (x.half() for x in random_qkv(batch=1, heads=2, groups=1, queries=40, keys=1200, width=96))
+    query, key, value = (x.half() for x in random_qkv(batch=1, heads=2, groups=1, queries=40, keys=keys, width=96))
     assert_same(query, key, value, random_bins(query.shape[:3]), causal=True, tolerance=1e-3)
-    assert {tile for tile, _ in tiles} == {32}
 
 
-def test_several_launches(random_qkv, tiles, monkeypatch):
+def test_rows_far_apart(random_qkv, monkeypatch):
+    monkeypatch.setattr(triton_wide_rows, "MOST_STRIDE", 8)
+    query, key, value = (x.float() for x in random_qkv(batch=1, heads=2, groups=2, queries=40, keys=480, width=8))
+    key, value = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (key, value))
+    assert_same(query, key, value, random_bins(query.shape[:3]), causal=True)
+
+
+def test_several_launches(random_qkv, launches, monkeypatch):
     monkeypatch.setattr(triton_wide_lists, "LIST_BYTES", 1)
     query, key, value = (x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=200, keys=1100, width=8))
     assert_same(query, key, value, random_bins(query.shape[:3]), causal=True)
-    assert tiles == [(32, 1), (32, 1), (64, 1), (64, 1)]
+    assert launches == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(70, 640), (60, 1200)])
-def test_far_field_joins_what_the_rows_have(random_qkv, tiles, queries, keys):
+@pytest.mark.parametrize(("queries", "keys"), [(60, 500), (70, 640), (60, 1200)])
+def test_far_field_joins_what_the_rows_have(random_qkv, launches, queries, keys):
     sizes = {"batch": 1, "heads": 2, "groups": 1, "width": 16, "value_width": 8}
     query, key, value = (x.float().to(DEVICE) for x in random_qkv(queries=queries, keys=keys, **sizes))
-    mask = random_bins(query.shape[:3], own=torch.arange(keys - queries, keys) // (32 if keys == 640 else 64))
+    width = {500: 16, 640: 32, 1200: 64}[keys]
+    mask = random_bins(query.shape[:3], own=torch.arange(keys - queries, keys) // width)
     centre = 0.3 * torch.randn(2, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     place = {"centre": centre, "causal": True, "scaling": 0.25}
     output = far_field_attention(query, key, value, mask, None, backend="triton", **place)
     exact = [x.double() for x in (query, key, value)]
     exact = far_field_attention(*exact, mask, None, backend="reference", **place)
     assert (output.double() - exact).norm() <= 1e-6 * exact.norm()
-    assert tiles == [(32 if keys == 640 else 64, -(-queries // ROWS))]
+    assert launches == [-(-queries // ROWS)]
 
 
 def assert_same_gradients(query, key, value, mask, *, causal, attention_mask=None, row_scale=None, tolerance=2e-6):
@@ -187,7 +204,7 @@ def assert_same_gradients(query, key, value, mask, *, causal, attention_mask=Non
         (70, 2120, 1, torch.float16, 2e-3),  # of 128
     ],
 )
-def test_gradients_behind_a_cache(random_qkv, tiles, monkeypatch, queries, keys, heads, dtype, tolerance):
+def test_gradients_behind_a_cache(random_qkv, monkeypatch, queries, keys, heads, dtype, tolerance):
     monkeypatch.setattr("sea_kernels.triton_inverse.PART_ROWS", 64)  # a part may begin and end in lists of any kind
     monkeypatch.setattr("sea_kernels.triton_inverse.PART_MEANS", 1)
     sizes = {"batch": 1, "heads": heads, "groups": 1, "width": 8, "value_width": 6}
@@ -195,9 +212,8 @@ def test_gradients_behind_a_cache(random_qkv, tiles, monkeypatch, queries, keys,
     scale = torch.rand(query.shape[:3], generator=torch.Generator().manual_seed(3)).to(dtype)
     mask = random_bins(query.shape[:3], share=0.1)
     assert_same_gradients(query, key, value, mask, causal=True, row_scale=scale, tolerance=tolerance)
-    forward, backward = tiles[: len(tiles) // 2], tiles[len(tiles) // 2 :]
-    assert forward == backward
-    assert {tile for tile, _ in tiles} == {700: {32}, 1180: {32, 64}, 2120: {64}}[keys]
+    tiles = triton_wide_lists.WideLists(mask, keys, True, None, ROWS).launches(row_bytes=8 * dtype.itemsize)
+    assert {tile for _, tile in tiles} == {700: {32}, 1180: {32, 64}, 2120: {64}}[keys]
 
 
 @pytest.mark.parametrize(("causal", "queries"), [(True, 70), (False, 550)])
