@@ -10,7 +10,9 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def assert_same(tensors, *, causal=True, attention_mask=None, stride=1, looks_twice=True, window=0, tolerance=1e-6):
+def assert_same(
+    tensors, *, causal=True, attention_mask=None, stride=1, looks_twice=True, window=0, num_bins=32, tolerance=1e-6
+):
     """The Triton form's error against float64 is within ``tolerance`` of the result's size."""
     query, key, value = (x.to(DEVICE) for x in tensors)
     heads, width = query.shape[1], query.shape[-1]
@@ -18,7 +20,7 @@ def assert_same(tensors, *, causal=True, attention_mask=None, stride=1, looks_tw
     place["attention_mask"] = None if attention_mask is None else attention_mask.to(DEVICE)
     ones = torch.ones(heads, device=DEVICE)
     looks = {"mean_weight": ones, "bound_weight": ones, "stride": stride, "backend": "reference", **place}
-    coarse, kept = None, pooled_selection(query, key, k=40, num_bins=32, **looks)
+    coarse, kept = None, pooled_selection(query, key, k=40, num_bins=num_bins, **looks)
     if looks_twice:
         coarse, kept = kept, second_look(query, key, kept, k=16, width=4, window=window, keep_first=True, **looks)
     centre = 0.3 * torch.randn(heads, width, generator=torch.Generator().manual_seed(1)).to(DEVICE)
@@ -35,6 +37,14 @@ def test_causal_rows_match(random_qkv, queries, keys, looks_twice):
     sizes = {"batch": 1, "heads": 2, "groups": 1, "width": 16, "value_width": 8}
     tensors = [x.float() for x in random_qkv(queries=queries, keys=keys, **sizes)]
     assert_same(tensors, looks_twice=looks_twice)
+
+
+@pytest.mark.parametrize(("num_bins", "keys", "sides"), [(64, 300, None), (96, 220, (21, 6)), (128, 270, (8, 3))])
+def test_several_words_of_bins(random_qkv, padding_mask, num_bins, keys, sides):
+    """Of 64 or 128 bins, tiles have two words; widths change at 257, 193 and 257 keys."""
+    tensors = [x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=60, keys=keys, width=8)]
+    real = None if sides is None else padding_mask(keys, [sides])
+    assert_same(tensors, looks_twice=False, num_bins=num_bins, attention_mask=real)
 
 
 @pytest.mark.parametrize("stride", [1, 4])
