@@ -20,17 +20,17 @@ def threshold(values, lowest, count, budget):
     above = tl.where(every, float("-inf"), highest)
     below = lowest - tl.abs(lowest) * 0.001 - 1e-30
     searching = (budget > 0) & (every == 0)
-    wanted = budget.to(tl.float32)
+    wanted, most = budget.to(tl.float32), tl.zeros_like(highest)  # most: values above ``above``
     while tl.max(searching.to(tl.int32)) > 0:
         for _ in tl.static_range(2):
             middle = 0.5 * below + 0.5 * above
             found = tl.sum(tl.where(values > middle[:, None], 1.0, 0.0), 1)
             searching = searching & (middle > below) & (middle < above)
+            most = tl.where(searching & (found <= wanted), found, most)
             above = tl.where(searching & (found <= wanted), middle, above)
             below = tl.where(searching & (found > wanted), middle, below)
             searching = searching & (found != wanted)
-    left = wanted - tl.sum(tl.where(values > above[:, None], 1.0, 0.0), 1)
-    return below, above, tl.where(every, 0.0, left)
+    return below, above, tl.where(every, 0.0, wanted - most)
 
 
 @triton.jit

@@ -156,7 +156,9 @@ def _select_kernel(
     budget = tl.minimum(tl.maximum((2 * k + (1 << level)) >> (level + 1), tl.maximum(forced_count, 1)), used)
     lowest = tl.min(scores, 1)  # also of bins that do not compete: only a lower bound is needed
     last_candidate = used - forced_own.to(tl.int32) if CAUSAL else used  # a causal row's own bin is its last
-    candidates = (o_bin[None, :] >= first_candidate[:, None]) & (o_bin[None, :] < last_candidate[:, None])
+    candidates = o_bin[None, :] < last_candidate[:, None]
+    if KEEP_FIRST:
+        candidates = candidates & (o_bin > 0)[None, :]
     if KEEP_OWN and not CAUSAL:
         candidates = candidates & (o_bin[None, :] != own[:, None])
     values = tl.where(candidates, scores, float("-inf"))
