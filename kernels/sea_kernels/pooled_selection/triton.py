@@ -125,26 +125,6 @@ def _select_kernel(
     position, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
     level = aligned_level(length, num_levels, NUM_BINS)
 
-    o_bin, o_chunk = tl.arange(0, BINS_PADDED), tl.arange(0, CHUNK)
-    CHUNKS: tl.constexpr = (HEAD_DIM + CHUNK - 1) // CHUNK
-    p_q = Q + item * q_item + head.to(tl.int64) * q_head + rows.to(tl.int64)[:, None] * q_row
-    low = tl.min(tl.where(length > 0, level, 31))
-    high = tl.max(level)
-    pooled = POOLED + (item_head * num_levels + low) * (NUM_BINS * PARTS * HEAD_DIM)
-    scores = tl.zeros([ROWS, BINS_PADDED], tl.float32)
-    # Counts from 0, since Triton finds no wide loads where the first step is a reduction's result.
-    for step in range(0, (high - low + 1) * PARTS * CHUNKS):
-        current, part, chunk = step // (PARTS * CHUNKS), step // CHUNKS % PARTS, step % CHUNKS
-        o_dim = chunk * CHUNK + o_chunk
-        m_q = ((length > 0) & (level == low + current))[:, None] & (o_dim < HEAD_DIM)[None, :]
-        b_q = tl.load(p_q + o_dim[None, :], mask=m_q, other=0.0)  # [ROWS, CHUNK], 0 where the row's width differs
-        if PARTS == 2:
-            b_q = tl.where(part == 1, tl.abs(b_q), b_q)
-        m_bin = (o_bin < NUM_BINS)[None, :] & (o_dim < HEAD_DIM)[:, None]
-        p_bin = pooled + ((current * NUM_BINS + o_bin)[None, :] * PARTS + part) * HEAD_DIM + o_dim[:, None]
-        b_bin = tl.load(p_bin, mask=m_bin, other=0.0)  # [CHUNK, BINS]
-        scores = tl.dot(b_q, b_bin, scores, input_precision=PRECISION)
-
     used = tl.where(length > 0, (length + (1 << level) - 1) >> level, 0)
     # Bins that compete: first_candidate … last_candidate - 1, without a row's own bin.
     own = position >> level if KEEP_OWN else used * 0 - 1
@@ -154,15 +134,24 @@ def _select_kernel(
     if HEAD_K is not None:
         k = tl.load(HEAD_K + head)
     budget = tl.minimum(tl.maximum((2 * k + (1 << level)) >> (level + 1), tl.maximum(forced_count, 1)), used)
-    lowest = tl.min(scores, 1)  # also of bins that do not compete: only a lower bound is needed
-    last_candidate = used - forced_own.to(tl.int32) if CAUSAL else used  # a causal row's own bin is its last
-    candidates = o_bin[None, :] < last_candidate[:, None]
-    if KEEP_FIRST:
-        candidates = candidates & (o_bin > 0)[None, :]
-    if KEEP_OWN and not CAUSAL:
-        candidates = candidates & (o_bin[None, :] != own[:, None])
-    values = tl.where(candidates, scores, float("-inf"))
-    bits = pack_largest(values, lowest, used - forced_count, budget - forced_count, BINS_PADDED)  # [ROWS, HALVES]
+    # Without a bin to choose, as in long rows with few bins, there is no need of scores.
+    bits = tl.zeros([ROWS, max(16, BINS_PADDED // 16)], tl.int32)
+    if tl.max(budget - forced_count) > 0:
+        p_q = Q + item * q_item + head.to(tl.int64) * q_head + rows.to(tl.int64)[:, None] * q_row
+        pooled = POOLED + item_head * num_levels * (NUM_BINS * PARTS * HEAD_DIM)
+        scores = _scores(
+            p_q, pooled, length, level, HEAD_DIM, CHUNK, PARTS, NUM_BINS, BINS_PADDED, ROWS, PRECISION
+        )  # fmt: skip
+        o_bin = tl.arange(0, BINS_PADDED)
+        lowest = tl.min(scores, 1)  # also of bins that do not compete: only a lower bound is needed
+        last_candidate = used - forced_own.to(tl.int32) if CAUSAL else used  # a causal row's own bin is its last
+        candidates = o_bin[None, :] < last_candidate[:, None]
+        if KEEP_FIRST:
+            candidates = candidates & (o_bin > 0)[None, :]
+        if KEEP_OWN and not CAUSAL:
+            candidates = candidates & (o_bin[None, :] != own[:, None])
+        values = tl.where(candidates, scores, float("-inf"))
+        bits = pack_largest(values, lowest, used - forced_count, budget - forced_count, BINS_PADDED)  # [ROWS, HALVES]
 
     HALVES: tl.constexpr = NUM_BINS // 16
     o_half = tl.arange(0, bits.shape[1])
@@ -194,3 +183,39 @@ def _half_words(begin, last, o_half):
     high = tl.minimum(tl.maximum(last[:, None] + 1 - 16 * o_half[None, :], 0), 16)
     one = low * 0 + 1
     return (one << high) - (one << tl.minimum(low, high))
+
+
+@triton.jit
+def _scores(
+    p_q,
+    pooled,
+    length,
+    level,
+    HEAD_DIM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PARTS: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    BINS_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Scores of the bins of each row's width. [ROWS, BINS_PADDED]"""
+    o_bin, o_chunk = tl.arange(0, BINS_PADDED), tl.arange(0, CHUNK)
+    CHUNKS: tl.constexpr = (HEAD_DIM + CHUNK - 1) // CHUNK
+    low = tl.min(tl.where(length > 0, level, 31))
+    high = tl.max(level)
+    pooled += low.to(tl.int64) * (NUM_BINS * PARTS * HEAD_DIM)
+    scores = tl.zeros([ROWS, BINS_PADDED], tl.float32)
+    # Counts from 0, since Triton finds no wide loads where the first step is a reduction's result.
+    for step in range(0, (high - low + 1) * PARTS * CHUNKS):
+        current, part, chunk = step // (PARTS * CHUNKS), step // CHUNKS % PARTS, step % CHUNKS
+        o_dim = chunk * CHUNK + o_chunk
+        m_q = ((length > 0) & (level == low + current))[:, None] & (o_dim < HEAD_DIM)[None, :]
+        b_q = tl.load(p_q + o_dim[None, :], mask=m_q, other=0.0)  # [ROWS, CHUNK], 0 where the row's width differs
+        if PARTS == 2:
+            b_q = tl.where(part == 1, tl.abs(b_q), b_q)
+        m_bin = (o_bin < NUM_BINS)[None, :] & (o_dim < HEAD_DIM)[:, None]
+        p_bin = pooled + ((current * NUM_BINS + o_bin)[None, :] * PARTS + part) * HEAD_DIM + o_dim[:, None]
+        b_bin = tl.load(p_bin, mask=m_bin, other=0.0)  # [CHUNK, BINS]
+        scores = tl.dot(b_q, b_bin, scores, input_precision=PRECISION)
+    return scores
