@@ -27,6 +27,7 @@ from .triton_wide_lists import (
 
 LOG2E = 1.4426950408889634
 LEAST_LEVEL = 3  # log2 of the keys of the smallest bins that tiles of 64 take without a mask per score
+WIDEST_TILE = 64  # keys at a time of bins that are as wide, where bins of fewer take WIDE_TILE
 MOST_STRIDE = 1 << 25  # between rows of keys or values, such that offsets within a tile fit into 32 bits
 
 
@@ -61,7 +62,8 @@ def attend_in_bins(
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
     rows, row_bytes = rows_per_block(query, value), max(head_dim, value_dim) * query.itemsize
-    tile, least = (WIDE_TILE, LEAST_LEVEL) if row_bytes <= WIDE_TILE_BYTES else (TILE, TILE_LEVEL)
+    wide = row_bytes <= WIDE_TILE_BYTES
+    tile, widest, least = (WIDE_TILE, WIDEST_TILE, LEAST_LEVEL) if wide else (TILE, TILE, TILE_LEVEL)
     lists = WideLists(mask, key.shape[2], causal, spans, rows, whole_level=least)
     key, value = (x if x.stride(2) <= MOST_STRIDE else x.contiguous() for x in (key, value))
     if scaling < 0:  # with a factor of at least 0 the greatest product of a row gives its greatest score
@@ -96,7 +98,7 @@ def attend_in_bins(
             TILE=TILE,
             WHOLE_TILE=tile,
             LEAST_LEVEL=least,
-            LEVELS=min(lists.levels, tile.bit_length()),
+            LEVELS=min(lists.levels, widest.bit_length()),
             CONTINUES=continues,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **lists.flags(),
@@ -190,17 +192,19 @@ def _walk_kernel(
     p_words = BITS + row * (NUM_BINS // 32)
 
     # Tiles that all rows see whole. Each width of bins has a loop of its own, all that fill a tile have the last one.
-    steps = (whole << unit) // WHOLE_TILE
+    taken = whole * 0  # keys along the list
     width = tl.load(ENTRIES, mask=whole > 0, other=0) & 31  # log2 of the bins' keys
     for own in tl.static_range(LEAST_LEVEL, LEVELS):
-        if (width == own) | ((width > own) & ((1 << own) == WHOLE_TILE)):
+        if (width == own) | ((width > own) & (own == LEVELS - 1)):
+            steps = (whole << unit) // max(WHOLE_TILE, 1 << own)
+            taken = steps * max(WHOLE_TILE, 1 << own)
             highest, total, acc = _take_whole_bins(
                 b_q, K, V, k_row, v_row, scale, ENTRIES, p_words, seeing, steps, width, highest, total, acc,
-                own, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, WHOLE_TILE, PRECISION,
+                own, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, max(WHOLE_TILE, 1 << own), PRECISION,
             )  # fmt: skip
 
     tiles = unit - 5  # log2 of an entry's
-    for step in range(steps * (WHOLE_TILE // TILE), count << tiles):
+    for step in range(taken // TILE, count << tiles):
         o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
         b_k = load_tile(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)
         b_v = load_tile(V, o_key, o_key < real, v_row, VALUE_DIM, VALUE_PADDED)
