@@ -63,7 +63,7 @@ def errors_and_keys(layer: SEAAttention, record: LayerRecord) -> Tensor:
     """What each head's rows lose and keep with each of ``SHARES``: float64 ``[2, H, len(SHARES)]``.
 
     First the squared error of a head's context over the square of the contexts of all heads, then the keys that its
-    rows keep, summed.
+    rows keep, summed: those of the first look, which is what shares divide. (A second look leaves k of any.)
     """
     place = {"scaling": record.scaling, "attention_mask": record.attention_mask}
     counted = {"num_keys": record.key.shape[2], "causal": record.causal, "attention_mask": record.attention_mask}
@@ -72,7 +72,8 @@ def errors_and_keys(layer: SEAAttention, record: LayerRecord) -> Tensor:
         layer.budgets.assign(torch.full_like(before, share))
         context, estimate = layer(record.query, record.key, record.value, with_scores=False, **place)
         errors.append((context.double() - dense).square().sum((0, 1, 3)) / dense.square().sum())
-        keys.append(count_keys(estimate.mask, **counted).sum((0, 2)).double())
+        first_look = estimate.mask if estimate.coarse is None else estimate.coarse
+        keys.append(count_keys(first_look, **counted).sum((0, 2)).double())
     layer.budgets.assign(before)
     return torch.stack([torch.stack(errors, -1), torch.stack(keys, -1)])
 

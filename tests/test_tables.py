@@ -224,7 +224,7 @@ def classification_options(tmp_path) -> argparse.Namespace:
     for name, size in (("train", 24), ("dev", 8)):
         rows = [f"{' '.join(WORDS[3 + number % 9 : 20])}\t{number % 2}" for number in range(size)]
         (tmp_path / "SST-2" / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]) + "\n")
-    return argparse.Namespace(model=model, glue=tmp_path, imdb=None)
+    return argparse.Namespace(model=model, glue=tmp_path, imdb=None, methods=None)
 
 
 def test_methods_share_teacher_and_batches_and_seeds_do_not(classification_options, monkeypatch):
@@ -267,6 +267,12 @@ def test_methods_share_teacher_and_batches_and_seeds_do_not(classification_optio
     for head in heads[2:]:
         assert torch.equal(head, heads[1]), "all methods start from one teacher"
     assert not torch.equal(heads[0], heads[1]), "the teacher learned"
+    classification_options.methods = ["window"]
+    (row,) = glue.run("sst2_1", settings, classification_options)
+    assert row["variant"] == "window"
+    assert batches[8:12] == batches[:2] + batches[2:4], "a method by itself has the same teacher"
+    del batches[8:12], heads[4:6]
+    classification_options.methods = None
     list(glue.run("sst2_2", settings | {"seed": 2, "methods": {}}, classification_options))
     assert batches[8:] != batches[:2]
     assert not torch.equal(heads[4], heads[0])

@@ -89,13 +89,16 @@ def run(name: str, settings: dict, options: argparse.Namespace) -> Iterator[Row]
     """One task with one seed: the teacher, then every method."""
     torch.set_float32_matmul_precision("high")
     task, seed, rows = settings["task"], settings["seed"], data(settings, options)
+    chosen = {label: settings["methods"][label] for label in options.methods or settings["methods"]}
     common = {"task": task, "model": "all-MiniLM-L6-v2", "seed": seed, "seq_len": settings["max_length"]}
     with tempfile.TemporaryDirectory() as folder:
         seed_everything(seed)
         optimizer = OptimizerConfig(**settings["teacher_optimizer"])
         module = GLUEModule(model=options.model, task=task, attention="dense", optimizer=optimizer, export_dir=folder)
-        yield common | {"method": "teacher"} | train_and_test(module, rows, settings["teacher_steps"], seed)
-        for label, method in settings["methods"].items():
+        teacher = common | {"method": "teacher"} | train_and_test(module, rows, settings["teacher_steps"], seed)
+        if not options.methods:
+            yield teacher
+        for label, method in chosen.items():
             method = method or {}
             found = arguments(method, settings)
             seed_everything(seed)
@@ -108,5 +111,6 @@ if __name__ == "__main__":
     command = parser(__doc__, "glue.yaml")
     command.add_argument("--model", required=True, help="transformers directory of all-MiniLM-L6-v2")
     command.add_argument("--glue", type=Path, required=True, help="folder of the tasks in the official layout")
+    command.add_argument("--methods", nargs="+", help="names of methods, default all and the teacher")
     command.add_argument("--imdb", type=Path, help="folder that prepare.py wrote")
     main(command.parse_args(), run)

@@ -20,6 +20,7 @@ COLOURS = {
     "sea_budgets": "#003F66",
     "sea_two_looks": "#009E73",
     "sea_two_looks_budgets": "#004D38",
+    "sea_two_looks_wide": "#7BC8A4",
     "sea_paper": "#56B4E9",
     "window": "#E69F00",
     "window_512": "#F0E442",

@@ -29,6 +29,7 @@ TITLES = {
     "sea_budgets": "SEA, budgets of heads",
     "sea_two_looks": "SEA, two looks",
     "sea_two_looks_budgets": "SEA, two looks, budgets of heads",
+    "sea_two_looks_wide": "SEA, two looks, the first at 2048 keys",
     "sea_paper": "SEA of the paper",
     "window": "window",
     "window_512": "window",

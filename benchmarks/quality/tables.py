@@ -108,14 +108,14 @@ def _part(output: Path, name: str) -> Path:
 
 
 def merge_parts(output: Path, name: str = "*") -> None:
-    """Put the rows of one run, or of all that left a part, into ``output``, in place of older rows of these runs."""
+    """Put the rows of one run, or of all that left a part, into ``output``, in place of older ones of that variant."""
     parts = sorted(output.parent.glob(_part(output, name).name))
     if not parts:
         return
     rows = [row for part in parts for row in json.loads(part.read_text())["rows"]]
-    new = {row["run"] for row in rows}
+    new = {(row["run"], row.get("variant")) for row in rows}
     old = json.loads(output.read_text())["rows"] if output.is_file() else []
-    write_results(output, [row for row in old if row["run"] not in new] + rows)
+    write_results(output, [row for row in old if (row["run"], row.get("variant")) not in new] + rows)
     for part in parts:
         part.unlink()
 
