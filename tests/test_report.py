@@ -84,7 +84,10 @@ def test_what_the_files_lack_is_named(tmp_path, language_rows):
     text = page(tmp_path, lm_perplexity=language_rows)
     assert "**Missing**: `benchmarks/results/glue.json`, and with it table 2." in text
     assert "**Missing**: `benchmarks/results/ablations.json`, and with it table 4." in text
-    ours = "SEA, budgets of heads (k = 512), SEA, two looks (k = 64), SEA, two looks, budgets of heads (k = 64)"
+    ours = (
+        "SEA, budgets of heads (k = 512), SEA, two looks (k = 64), SEA, two looks, budgets of heads (k = 64), "
+        "SEA, two looks, the first at 2048 keys (k = 64)"
+    )
     others = "SEA of the paper (k = 64), window (k = 64), window (k = 512), Performer, cosFormer"
     assert f"**Missing** (no row in the file): {ours}, {others}." in text
     assert "**Missing** (no rows at several k in the file): SEA, budgets of heads, SEA, two looks" in text
