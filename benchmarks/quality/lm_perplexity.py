@@ -22,11 +22,11 @@ import torch
 from lightning.pytorch import seed_everything
 from tables import Row, main, parser, write_report
 from torch.utils.data import DataLoader
-from trainers import DrawnK, device, sparsity, trainer
+from trainers import device, sparsity, trainer
 
 from lightning_sea.adapt import set_k
 from lightning_sea.budgets import calibrate_budgets
-from lightning_sea.callbacks import SparsityMonitor
+from lightning_sea.callbacks import DrawnBudget, SparsityMonitor
 from lightning_sea.config import SEAConfig
 from lightning_sea.data import TextDataModule
 from lightning_sea.distillation import DistillationConfig
@@ -126,7 +126,7 @@ def train(module: CausalLMModule, settings: dict, options: argparse.Namespace) -
     data.setup("fit")
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    drawn = [DrawnK(settings["train_k"], settings["seed"])] if settings.get("train_k") else []
+    drawn = [DrawnBudget(settings["train_k"], settings["seed"])] if settings.get("train_k") else []
     fit = trainer(drawn, max_steps=settings["steps"])
     begin = time.perf_counter()
     fit.fit(module, data)

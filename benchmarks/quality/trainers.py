@@ -1,13 +1,8 @@
 """Trainers of the quality tables: one device, no logger, no checkpoints, no validation."""
 
-import random
-from typing import Any
-
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
-
-from lightning_sea.adapt import set_k
 
 SPARSITY = {  # column to metric
     "keys_per_row": "keys_per_query",
@@ -26,21 +21,6 @@ class ResidentStrategy(SingleDeviceStrategy):
 
     def teardown(self) -> None:
         self.precision_plugin.teardown()
-
-
-class DrawnK(Callback):
-    """Every training step keeps as many keys as it draws, the same numbers under the same seed.
-
-    Args:
-        choices: values of k.
-        seed: of the numbers.
-    """
-
-    def __init__(self, choices: list[int], seed: int) -> None:
-        self.choices, self.generator = choices, random.Random(seed)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        set_k(pl_module.student, self.generator.choice(self.choices))
 
 
 def device() -> torch.device:
