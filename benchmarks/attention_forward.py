@@ -198,7 +198,9 @@ def comparisons(args: argparse.Namespace) -> Iterator[tuple[Comparison, list[int
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/attention_forward.json")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks/results/attention_forward.json", help="other rows in it stay"
+    )
     parser.add_argument("--heads", type=int, nargs="+", default=[32, 12], help="of causal layers")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024 * 2**i for i in range(8)])
     parser.add_argument("--methods", nargs="*", default=["eager", "flex_window"], help="besides sea and sdpa")
@@ -215,7 +217,7 @@ def main() -> None:
     for comparison, lengths in comparisons(args):
         for seq_len in lengths:
             report["rows"] += comparison.rows(seq_len)
-            write_report(report, args.output)
+            write_report(report, args.output, ("causal", "heads", "seq_len"))
 
 
 if __name__ == "__main__":

@@ -307,7 +307,9 @@ def checked_gradients(form: str) -> dict[str, dict]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/distillation_step.json")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks/results/distillation_step.json", help="other rows in it stay"
+    )
     parser.add_argument("--form", choices=FORMS, default="default", help="of the SEA layers")
     parser.add_argument("--heads", type=int, nargs="*", default=[32, 12], help="of the layer; none skips the layer")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024 * 2**i for i in range(7)], help="of the layer")
@@ -330,7 +332,7 @@ def main(arguments: list[str] | None = None) -> None:
         for row in rows:
             print(json.dumps(row), flush=True)
             report["rows"].append(row)
-            write_report(report, options.output)
+            write_report(report, options.output, ("model", "heads", "seq_len"))
 
     for heads in options.heads:
         attempt, methods = UntilMemoryEnds(), [*options.methods, *options.operations]

@@ -7,7 +7,7 @@ import json
 import shlex
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +116,19 @@ def report_head() -> dict[str, Any]:
     }
 
 
-def write_report(report: dict[str, Any], path: Path) -> None:
-    """Write the JSON anew; call it after every few rows, so that an interrupted run leaves what it has."""
+def write_report(report: dict[str, Any], path: Path, place: Sequence[str]) -> None:
+    """Write the JSON anew; call it after every few rows, so that an interrupted run leaves what it has.
+
+    Rows of an earlier run stay where this one has none of the same values in the columns ``place``, inside which rows
+    are compared. So every row says its device and commit.
+    """
+    origin = {name: report[name] for name in ("device", "commit") if name in report}
+    own = {_values(row, place) for row in report["rows"]}
+    earlier = json.loads(path.read_text())["rows"] if path.is_file() else []
+    rows = [row for row in earlier if _values(row, place) not in own] + [row | origin for row in report["rows"]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.write_text(json.dumps(report | {"rows": rows}, indent=1) + "\n")
+
+
+def _values(row: dict[str, Any], place: Sequence[str]) -> tuple:
+    return tuple(row.get(name) for name in place)

@@ -92,7 +92,9 @@ def rows(model: LlamaForCausalLM, seq_len: int, forms: list[str], strides: list[
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks/results/prefill.json")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "benchmarks/results/prefill.json", help="other rows in it stay"
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768, 65536])
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of SEA")
@@ -109,7 +111,7 @@ def main() -> None:
             for row in rows(model, seq_len, args.forms, args.strides):
                 report["rows"].append(facts | row)
                 print(json.dumps(report["rows"][-1]), flush=True)
-            write_report(report, args.output)
+            write_report(report, args.output, ("model", "seq_len"))
         del model
         torch.cuda.empty_cache()
 

@@ -241,3 +241,10 @@ def test_the_report_is_written_row_by_row(monkeypatch, tmp_path):
     report = json.loads(output.read_text())
     assert report["device"] == "some"
     assert [row["seq_len"] for row in report["rows"]] == [1024]
+    for length in ("512", "1024"):
+        step.main([*arguments, "--lengths", length, "--model-lengths"])
+    report = json.loads(output.read_text())
+    assert [row["seq_len"] for row in report["rows"]] == [512, 1024], (
+        "rows of other lengths stay, those of this one do not"
+    )
+    assert {row["device"] for row in report["rows"]} == {"some"}
