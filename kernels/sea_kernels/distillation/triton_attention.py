@@ -1,5 +1,7 @@
 """Triton form of the attention loss: two score tiles at once, in the forward pass and again in the backward pass.
 
+The student's log-sum-exps come from a first walk of the same program. The teacher's may be given.
+
 Of every row only three numbers are kept between the passes: both log-sum-exps and ``sum_i a_i (a_i - t_i)``, called the
 pull here. With them the gradient of a student's score has a closed form in its own tile,
 
@@ -23,6 +25,7 @@ from .triton_scores import (
     padded_width,
     product_precision,
     row_lse,
+    rows_lse,
     tile_config,
 )
 
@@ -62,13 +65,12 @@ def attention_loss(
     scaling: float,
 ) -> tuple[Tensor, Tensor, RowNumbers]:
     """Both losses of :func:`sea_kernels.attention_loss`, and what the backward pass needs. No gradients."""
-    teacher_query, teacher_key, query, key = tensors
+    teacher_query, teacher_key, query, _ = tensors
     if teacher_log_sum is None:
         teacher_lse = row_lse(teacher_query, teacher_key, spans, causal=causal, scaling=teacher_scaling)
     else:
         teacher_lse = teacher_log_sum.float().contiguous()
-    lse = row_lse(query, key, spans, causal=causal, scaling=scaling)
-    divergence, square_error, pull = (torch.empty_like(lse) for _ in range(3))
+    lse, divergence, square_error, pull = (torch.empty_like(teacher_lse) for _ in range(4))
     args, sizes = _arguments(tensors, spans, causal, teacher_scaling, scaling)
     batch, heads, num_queries, _ = query.shape
     grid = triton.cdiv(num_queries, sizes["ROWS"]), heads, batch
@@ -189,9 +191,11 @@ def _loss_kernel(
     b_tq = load_rows(TEACHER_Q + item * tq_item + head * tq_head, rows, m_row, tq_row, TEACHER_DIM, TEACHER_PADDED)
     b_q = load_rows(Q + item * q_item + head * q_head, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)
     teacher_lse = tl.load(TEACHER_LSE + place, mask=m_row, other=0.0) * LOG2E
-    lse = tl.load(LSE + place, mask=m_row, other=0.0) * LOG2E
     TEACHER_K += item * tk_item + (head // teacher_heads_per_group) * tk_head + first.to(tl.int64) * tk_row
     K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
+    lse = rows_lse(b_q, K, k_row, length, real, scale, HEAD_DIM, HEAD_PADDED, ROWS, KEYS, PRECISION)
+    tl.store(LSE + place, lse, mask=m_row)
+    lse *= LOG2E
     divergence = tl.zeros([ROWS], tl.float32)
     square_error = tl.zeros([ROWS], tl.float32)
     pull = tl.zeros([ROWS], tl.float32)

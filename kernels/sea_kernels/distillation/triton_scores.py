@@ -89,6 +89,35 @@ def load_rows(X, rows, m_row, x_row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     return tl.load(p_x, mask=m_row[:, None] & (o_dim < WIDTH)[None, :], other=0.0)
 
 
+@triton.jit
+def rows_lse(
+    b_q,
+    K,
+    k_row,
+    length,
+    real,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Logarithm of the sum of ``2^(scale * q . k)`` over the keys of each row, from ``K`` on; 0 without keys. [ROWS]"""
+    LN2: tl.constexpr = 0.6931471805599453
+    highest = tl.full([ROWS], -1e30, tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    for begin in range(0, tl.max(length), KEYS):
+        o_key = begin + tl.arange(0, KEYS)
+        b_k = load_rows(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)  # [KEYS, HEAD]
+        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [ROWS, KEYS]
+        scores = tl.where(o_key[None, :] < length[:, None], scores, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(scores, 1))
+        total = total * tl.exp2(highest - new_highest) + tl.sum(tl.exp2(scores - new_highest[:, None]), 1)
+        highest = new_highest
+    return tl.where(length > 0, (highest + tl.log2(tl.where(length > 0, total, 1.0))) * LN2, 0.0)
+
+
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "scale"])
 def _lse_kernel(
     Q,
@@ -113,7 +142,6 @@ def _lse_kernel(
     HAS_PADDING: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    LN2: tl.constexpr = 0.6931471805599453
     head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
     rows = last_block_first(num_queries, ROWS)
@@ -121,15 +149,5 @@ def _lse_kernel(
     m_row = rows < num_queries
     b_q = load_rows(Q + item * q_item + head * q_head, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)  # [ROWS, HEAD]
     K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
-    highest = tl.full([ROWS], -1e30, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    for begin in range(0, tl.max(length), KEYS):
-        o_key = begin + tl.arange(0, KEYS)
-        b_k = load_rows(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)  # [KEYS, HEAD]
-        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [ROWS, KEYS]
-        scores = tl.where(o_key[None, :] < length[:, None], scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        total = total * tl.exp2(highest - new_highest) + tl.sum(tl.exp2(scores - new_highest[:, None]), 1)
-        highest = new_highest
-    lse = tl.where(length > 0, (highest + tl.log2(tl.where(length > 0, total, 1.0))) * LN2, 0.0)
+    lse = rows_lse(b_q, K, k_row, length, real, scale, HEAD_DIM, HEAD_PADDED, ROWS, KEYS, PRECISION)
     tl.store(LSE + (item * tl.num_programs(1) + head) * num_queries + rows, lse, mask=m_row)
