@@ -1,6 +1,5 @@
 """Model families that can be converted: where each keeps its self-attention. A new one is one entry and one test."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -35,14 +34,19 @@ def attention_sites(model: PreTrainedModel) -> list[AttentionSite]:
     Raises:
         ValueError: if the family is unknown or the model uses a kind of attention that SEA cannot stand in for.
     """
-    config = model.config
-    if config.model_type not in FAMILIES:
+    return [_site(module, model.config) for module in attention_modules(model)]
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules of ``attention_sites``, without a look at their sizes; raises the same."""
+    if model.config.model_type not in FAMILIES:
         raise ValueError(
-            f"model is a {type(model).__name__} of model_type {config.model_type!r}, expected one of "
+            f"model is a {type(model).__name__} of model_type {model.config.model_type!r}, expected one of "
             f"{tuple(FAMILIES)}; CONTRIBUTING.md says how to add a family"
         )
     _refuse_other_attention(model)
-    return [_site(module, config) for module in _attention_modules(model)]
+    wanted = FAMILIES[model.config.model_type]
+    return [module for module in model.modules() if type(module).__name__ == wanted]
 
 
 def max_positions(config: PretrainedConfig) -> int | None:
@@ -52,11 +56,6 @@ def max_positions(config: PretrainedConfig) -> int | None:
         # RoBERTa counts positions from pad_token_id + 1.
         positions -= config.pad_token_id + 1
     return positions
-
-
-def _attention_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
-    wanted = FAMILIES[model.config.model_type]
-    return (module for module in model.modules() if type(module).__name__ == wanted)
 
 
 def _site(module: nn.Module, config) -> AttentionSite:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedModel
 
-from .families import attention_sites
+from .families import attention_modules
 from .interface import IMPLEMENTATION, LayerRecord
 
 __all__ = ["AttentionRecorder", "LayerRecord"]
@@ -32,11 +32,12 @@ class AttentionRecorder:
         self.log_sums = log_sums
 
     def __enter__(self) -> "AttentionRecorder":
-        self._modules = [site.module for site in attention_sites(self.model)]
+        self._modules = attention_modules(self.model)
         if any(hasattr(module, "attention_recorder") for module in self._modules):
             raise RuntimeError("model is being recorded already: leave the other AttentionRecorder first")
         self._implementation = self.model.config._attn_implementation
-        self.model.set_attn_implementation(IMPLEMENTATION)
+        if self._implementation != IMPLEMENTATION:  # to set one, transformers walks all modules
+            self.model.set_attn_implementation(IMPLEMENTATION)
         for module in self._modules:
             module.attention_recorder = self
         return self
@@ -44,7 +45,8 @@ class AttentionRecorder:
     def __exit__(self, *exception: object) -> None:
         for module in self._modules:
             del module.attention_recorder
-        self.model.set_attn_implementation(self._implementation)
+        if self._implementation != IMPLEMENTATION:
+            self.model.set_attn_implementation(self._implementation)
 
     def clear(self) -> None:
         """Forget the records, and with them the tensors that they keep alive."""

@@ -23,6 +23,7 @@ from ..distillation import (
     only_what_losses_read,
     weighted_sum,
 )
+from ..interface import IMPLEMENTATION
 from ..recorder import AttentionRecorder, LayerRecord
 from .layerwise import LayerwiseLosses
 from .loading import load_dense, load_sea, load_teacher
@@ -193,6 +194,8 @@ class DistillationModule(LightningModule):
         mixed = self._trainer is not None and self.trainer.precision == "bf16-mixed"
         model = load_teacher(self.auto_class, self.teacher_name or self.hparams.model, self.model_options())
         model.config.pad_token_id = self.student.config.pad_token_id  # a classifying decoder finds its last token by it
+        if self.distillation.compares_layers:  # every step records it: nothing is left to change then
+            model.set_attn_implementation(IMPLEMENTATION)
         return model.to(torch.bfloat16) if mixed else model
 
     def export(self, directory: str | Path) -> None:
@@ -293,7 +296,8 @@ class DistillationModule(LightningModule):
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         # With gradient checkpointing, layers run again here: they must find what they found in the forward pass.
-        again = any(getattr(module, "gradient_checkpointing", False) for module in self.student.modules())
+        # Set modules have the flag as their own attribute; getattr would be slow for all those that have none.
+        again = any(vars(module).get("gradient_checkpointing") for module in self.student.modules())
         with self._recording(self.student, lambda record: None) if again else nullcontext():
             super().backward(loss, *args, **kwargs)
 
