@@ -13,28 +13,45 @@ from lightning_sea.recorder import LayerRecord
 from sea_kernels.bins import bin_of
 
 
-def estimation_losses(
+def estimation_rows(
     teacher: LayerRecord, estimate: Estimate, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """``est_kl`` and ``est_mse`` from the teacher's map and the estimate stretched to the keys.
+) -> tuple[Tensor, Tensor]:
+    """KL divergence and sum of squared errors of each row, of the teacher's map and the estimate stretched to the keys.
 
     Args:
         teacher: record of the dense layer; no gradient reaches it.
         estimate: what SEA estimated for the same tokens.
         dtype: of the maps.
+
+    Returns:
+        Each ``[N, H, T]``.
     """
     with torch.no_grad():
         target = log_map(teacher.query, teacher.key, teacher.scaling, dtype)
-    return _losses("est", target, stretched_log_map(estimate, dtype))
+    return _rows(target, stretched_log_map(estimate, dtype))
+
+
+def attention_rows(
+    teacher: LayerRecord, student: LayerRecord, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """The same of the maps of both models; no gradient reaches the teacher."""
+    with torch.no_grad():
+        target = log_map(teacher.query, teacher.key, teacher.scaling, dtype)
+    return _rows(target, log_map(student.query, student.key, student.scaling, dtype))
+
+
+def estimation_losses(
+    teacher: LayerRecord, estimate: Estimate, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """``est_kl`` and ``est_mse``, means over the maps."""
+    return _losses("est", *estimation_rows(teacher, estimate, dtype))
 
 
 def attention_losses(
     teacher: LayerRecord, student: LayerRecord, dtype: torch.dtype = torch.float32
 ) -> dict[str, Tensor]:
-    """``attn_kl`` and ``attn_mse`` from the maps of both models; no gradient reaches the teacher."""
-    with torch.no_grad():
-        target = log_map(teacher.query, teacher.key, teacher.scaling, dtype)
-    return _losses("attn", target, log_map(student.query, student.key, student.scaling, dtype))
+    """``attn_kl`` and ``attn_mse``, means over the maps."""
+    return _losses("attn", *attention_rows(teacher, student, dtype))
 
 
 def log_map(query: Tensor, key: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -64,7 +81,10 @@ def _log_softmax(scores: Tensor) -> Tensor:
     return scores.masked_fill(hidden, torch.finfo(scores.dtype).min).log_softmax(-1)
 
 
-def _losses(name: str, target: Tensor, log_probabilities: Tensor) -> dict[str, Tensor]:
+def _rows(target: Tensor, log_probabilities: Tensor) -> tuple[Tensor, Tensor]:
     divergence = F.kl_div(log_probabilities, target, reduction="none", log_target=True).sum(-1)
-    square_error = (log_probabilities.exp() - target.exp()).square().mean(-1)
-    return {f"{name}_kl": divergence.mean(), f"{name}_mse": square_error.mean()}
+    return divergence, (log_probabilities.exp() - target.exp()).square().sum(-1)
+
+
+def _losses(name: str, divergence: Tensor, square_error: Tensor) -> dict[str, Tensor]:
+    return {f"{name}_kl": divergence.mean(), f"{name}_mse": square_error.mean() / square_error.shape[-1]}

@@ -110,7 +110,7 @@ def losses_of(method: str) -> AbstractContextManager:
     """Context in which ``layer_losses`` are those of ``method``."""
     if method == "sea":
         return nullcontext()
-    dense = {name: getattr(dense_distillation, name) for name in ("estimation_losses", "attention_losses")}
+    dense = {name: getattr(dense_distillation, name) for name in ("estimation_rows", "attention_rows")}
     return mock.patch.multiple(distillation, **dense)
 
 
@@ -120,7 +120,7 @@ def layer_step(layer: SEAAttention, teacher: LayerRecord, inputs: list[Tensor], 
     context, estimate = layer(*inputs, scaling=teacher.scaling)
     student = LayerRecord(*inputs, context, teacher.scaling, None, True, estimate)
     with losses_of(method):
-        loss = weighted_sum(layer_losses(teacher, student, config), config)
+        loss = weighted_sum(layer_losses([(teacher, student)], config), config)
         return torch.autograd.grad(loss, [*inputs, *layer.parameters()])
 
 

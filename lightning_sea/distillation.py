@@ -105,16 +105,15 @@ def mean_over_rows(values: Tensor, real: Tensor | None) -> Tensor:
     return (kept / real.sum(-1).clamp_min(1)).mean()
 
 
-def estimation_losses(teacher: LayerRecord, estimate: Estimate) -> dict[str, Tensor]:
-    """L_est of one layer: how far the estimate lies from the teacher's attention.
+def estimation_rows(teacher: LayerRecord, estimate: Estimate) -> tuple[Tensor, Tensor]:
+    """How far each row of a layer's estimate lies from the teacher's attention: L_est before any mean.
 
     Args:
         teacher: record of the dense layer; gradients do not reach it.
         estimate: what SEA estimated for the same tokens.
 
     Returns:
-        Scalars ``est_kl`` and ``est_mse``. The latter is the sum over keys of the squared error divided by the item's
-        number of real tokens: the mean over the T x T map when there is no padding.
+        KL divergence, and the sum of squared errors over the keys, each ``[N, H, T]``.
     """
     place = {"causal": teacher.causal, "attention_mask": teacher.attention_mask}
     place |= {"layout": estimate.layout, "shift": estimate.shift}
@@ -127,17 +126,16 @@ def estimation_losses(teacher: LayerRecord, estimate: Estimate) -> dict[str, Ten
             log_sum=teacher.log_sum,
             **place,
         )
-    divergence, square_error = ops.estimation_loss(estimate.scores, statistics, num_keys=teacher.key.shape[2], **place)
-    return _pair("est", divergence, square_error, teacher)
+    return ops.estimation_loss(estimate.scores, statistics, num_keys=teacher.key.shape[2], **place)
 
 
-def attention_losses(teacher: LayerRecord, student: LayerRecord) -> dict[str, Tensor]:
-    """L_attn of one layer: how far the dense attention of the student's own queries and keys lies from the teacher's.
+def attention_rows(teacher: LayerRecord, student: LayerRecord) -> tuple[Tensor, Tensor]:
+    """How far each row of the dense attention of the student's own queries and keys lies from the teacher's: L_attn.
 
     Returns:
-        Scalars ``attn_kl`` and ``attn_mse``, measured as in ``estimation_losses``.
+        As ``estimation_rows``.
     """
-    divergence, square_error = ops.attention_loss(
+    return ops.attention_loss(
         teacher.query,
         teacher.key,
         student.query,
@@ -148,7 +146,25 @@ def attention_losses(teacher: LayerRecord, student: LayerRecord) -> dict[str, Te
         attention_mask=teacher.attention_mask,
         teacher_log_sum=teacher.log_sum,
     )
-    return _pair("attn", divergence, square_error, teacher)
+
+
+def estimation_losses(teacher: LayerRecord, estimate: Estimate) -> dict[str, Tensor]:
+    """L_est of one layer; arguments as for ``estimation_rows``.
+
+    Returns:
+        Scalars ``est_kl`` and ``est_mse``. The latter is the sum over keys of the squared error divided by the item's
+        number of real tokens: the mean over the T x T map when there is no padding.
+    """
+    return _means("est", [estimation_rows(teacher, estimate)], teacher.attention_mask)
+
+
+def attention_losses(teacher: LayerRecord, student: LayerRecord) -> dict[str, Tensor]:
+    """L_attn of one layer.
+
+    Returns:
+        Scalars ``attn_kl`` and ``attn_mse``, measured as in ``estimation_losses``.
+    """
+    return _means("attn", [attention_rows(teacher, student)], teacher.attention_mask)
 
 
 def state_loss(teacher: Tensor, student: Tensor, real: Tensor | None, *, relative: bool) -> Tensor:
@@ -188,16 +204,31 @@ def only_what_losses_read(teacher: LayerRecord, config: DistillationConfig) -> L
     return dataclasses.replace(teacher, **dict.fromkeys(unread))
 
 
-def layer_losses(teacher: LayerRecord, student: LayerRecord, config: DistillationConfig) -> dict[str, Tensor]:
-    """All losses of one layer that have a weight; ``est_*`` only where the student's layer has an estimate."""
+def layer_losses(layers: Sequence[tuple[LayerRecord, LayerRecord]], config: DistillationConfig) -> dict[str, Tensor]:
+    """All losses that compare layers and have a weight, each the mean over the layers that have it.
+
+    Rows of all layers are averaged at once, since at short lengths a step waits for the launches of such small work.
+
+    Args:
+        layers: the teacher's and the student's record of every layer of one forward pass: of one shape, and with one
+            attention mask.
+        config: weights of the losses.
+
+    Returns:
+        Scalars; ``est_*`` only where a student's layer has an estimate.
+    """
     losses: dict[str, Tensor] = {}
-    if student.estimate is not None and (config.est_kl or config.est_mse):
-        losses |= estimation_losses(teacher, student.estimate)
+    if not layers:
+        return losses
+    real = layers[0][0].attention_mask
+    estimates = [(teacher, student.estimate) for teacher, student in layers if student.estimate is not None]
+    if estimates and (config.est_kl or config.est_mse):
+        losses |= _means("est", [estimation_rows(*pair) for pair in estimates], real)
     if config.attn_kl or config.attn_mse:
-        losses |= attention_losses(teacher, student)
+        losses |= _means("attn", [attention_rows(*pair) for pair in layers], real)
     if config.context:
-        real = teacher.attention_mask
-        losses["context"] = state_loss(teacher.context, student.context, real, relative=config.relative)
+        contexts = [[record.context for record in records] for records in zip(*layers, strict=True)]
+        losses["context"] = ops.state_loss(*contexts, relative=config.relative, attention_mask=real)
     return losses
 
 
@@ -219,10 +250,14 @@ def weighted_sum(losses: dict[str, Tensor], config: DistillationConfig) -> Tenso
     return torch.stack([getattr(config, name) * loss for name, loss in losses.items()]).sum()
 
 
-def _pair(name: str, divergence: Tensor, square_error: Tensor, record: LayerRecord) -> dict[str, Tensor]:
-    real = record.attention_mask
+def _means(name: str, layers: Sequence[tuple[Tensor, Tensor]], real: Tensor | None) -> dict[str, Tensor]:
+    """Scalars of the rows that ``estimation_rows`` or ``attention_rows`` gave of each layer."""
+    divergences, square_errors = zip(*layers, strict=True)
     if real is None:  # one number divides them all
-        error = mean_over_rows(square_error, None) / divergence.shape[-1]
+        divergence, square_error = torch.cat(divergences + square_errors).view(2, -1).mean(1).unbind()
+        error = square_error / divergences[0].shape[-1]
     else:
-        error = mean_over_rows(square_error / real.sum(-1).clamp_min(1)[:, None, None], real)
-    return {f"{name}_kl": mean_over_rows(divergence, real), f"{name}_mse": error}
+        square_error = torch.cat(square_errors) / real.sum(-1).clamp_min(1).repeat(len(layers))[:, None, None]
+        real = real.repeat(len(layers), 1)
+        divergence, error = mean_over_rows(torch.cat(divergences), real), mean_over_rows(square_error, real)
+    return {f"{name}_kl": divergence, f"{name}_mse": error}

@@ -165,8 +165,8 @@ def test_rows_of_a_model(fake_device, monkeypatch, gradient_checkpointing):
     for name, value in {**sizes, "num_attention_heads": 2}.items():
         monkeypatch.setitem(step.MODEL, name, value)
     used = []
-    original = dense.estimation_losses
-    monkeypatch.setattr(dense, "estimation_losses", lambda *arguments: used.append(1) or original(*arguments))
+    original = dense.estimation_rows
+    monkeypatch.setattr(dense, "estimation_rows", lambda *arguments: used.append(1) or original(*arguments))
     rows = []
     for row in step.model_rows(
         [12, 17], "two_looks", ["sea", "sea_dense", "sdpa"], gradient_checkpointing=gradient_checkpointing

@@ -19,7 +19,6 @@ from ..distillation import (
     hidden_loss,
     layer_losses,
     logit_loss,
-    mean_over_layers,
     only_what_losses_read,
     weighted_sum,
 )
@@ -274,7 +273,7 @@ class DistillationModule(LightningModule):
                 "pass gradient_checkpointing_kwargs={'use_reentrant': False}"
             )
         pairs = list(zip(teacher_layers, student_layers, strict=True))
-        losses = mean_over_layers([layer_losses(t, s, config) for t, s in pairs])
+        losses = layer_losses(pairs, config)
         if want_hidden:
             real = batch["attention_mask"].bool() if "attention_mask" in batch else None
             losses["hidden"] = hidden_loss(teacher.hidden_states, student.hidden_states, real, config)

@@ -49,7 +49,7 @@ def test_layer_losses_reproduce_the_authors_numbers():
     estimate = make_estimate(golden["estimated_attention_score"])
     student = make_record(golden["q"], golden["k"], student_context, estimate)
     config = DistillationConfig.paper_opt()
-    total = weighted_sum(layer_losses(teacher, student, config), config)
+    total = weighted_sum(layer_losses([(teacher, student)], config), config)
     assert float(total) == pytest.approx(float(golden["loss"]), rel=1e-5)
 
 
@@ -75,7 +75,7 @@ def test_padding_changes_no_loss(causal):
             causal=causal,
             mask=mask,
         )
-        found = layer_losses(teacher, student, config)
+        found = layer_losses([(teacher, student)], config)
         states = [contexts[0, items, :length], contexts[1, items, :length]]
         found["hidden"] = hidden_loss(states[:1], states[1:], mask, config)
         return found
@@ -85,6 +85,25 @@ def test_padding_changes_no_loss(causal):
     assert set(together) == {"est_kl", "est_mse", "attn_kl", "attn_mse", "context", "hidden"}
     for name, loss in together.items():
         assert float(loss) == pytest.approx(float((first[name] + second[name]) / 2), rel=1e-5), name
+
+
+@pytest.mark.parametrize("mask", [None, torch.arange(10) < torch.tensor([[6], [10]])])
+def test_losses_of_several_layers_are_their_means(mask):
+    generator = torch.Generator().manual_seed(0)
+    layers = []
+    for scores in (None, *torch.randn(2, 2, 2, 10, 32, generator=generator)):
+        query, key, own = torch.randn(3, 2, 2, 10, 8, generator=generator)
+        contexts = torch.randn(2, 2, 10, 2, 8, generator=generator)
+        estimate = None if scores is None else make_estimate(scores)
+        teacher = make_record(query, key, contexts[0], mask=mask)
+        layers.append((teacher, make_record(own, key, contexts[1], estimate, mask=mask)))
+    config = DistillationConfig()
+    together = layer_losses(layers, config)
+    alone = mean_over_layers([layer_losses([layer], config) for layer in layers])
+    assert together.keys() == alone.keys() == {"est_kl", "est_mse", "attn_kl", "attn_mse", "context"}
+    for name, loss in together.items():
+        torch.testing.assert_close(loss, alone[name], msg=name)
+    assert layer_losses([], config) == {}
 
 
 def test_attention_losses_are_zero_for_the_teachers_own_scores_and_learn_otherwise():

@@ -128,9 +128,10 @@ def test_accumulated_gradients_are_those_of_one_large_batch(build, sea, tmp_path
 def test_the_teachers_records_hold_what_losses_read(build, sea, tmp_path, monkeypatch, weights, kept):
     seen, original = [], base.layer_losses
 
-    def watch(teacher, student, config):
-        seen.append({name for name in ("query", "key", "value", "context") if getattr(teacher, name) is not None})
-        return original(teacher, student, config)
+    def watch(layers, config):
+        for teacher, _ in layers:
+            seen.append({name for name in ("query", "key", "value", "context") if getattr(teacher, name) is not None})
+        return original(layers, config)
 
     monkeypatch.setattr(base, "layer_losses", watch)
     module = build(sea=sea, distillation=DistillationConfig(**weights))
