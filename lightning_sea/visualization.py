@@ -150,7 +150,7 @@ def _one_head(estimate: Estimate, item: int, head: int) -> Estimate:
         mask=dataclasses.replace(mask, **{words: getattr(mask, words)[place]}),
         prob_scale=None if estimate.prob_scale is None else estimate.prob_scale[place],
         mix_scale=None if estimate.mix_scale is None else estimate.mix_scale[place],
-        length=estimate.length[item : item + 1],
+        attention_mask=None if estimate.attention_mask is None else estimate.attention_mask[item : item + 1],
         coarse=None if coarse is None else dataclasses.replace(coarse, bits=coarse.bits[place]),
         centre=None if centre is None else centre[head : head + 1],
     )

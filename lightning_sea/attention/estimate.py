@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sea_kernels.bins import bin_sizes
 from sea_kernels.masks import BinMask, RunMask
+from sea_kernels.spans import row_spans
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,9 @@ class Estimate:
             mix it with.
         layout: how the K columns stretch to keys.
         shift: edge jitter of this batch, in 1/256 of a key.
-        length: int64 ``[N, T]``, keys that each row may see.
+        num_keys: S; the rows are the last T of the S positions.
+        causal: whether a row sees only keys up to its own position.
+        attention_mask: ``[N, S]``, nonzero at real keys, or None.
         coarse: what the first look kept, where a second one followed.
         centre: ``[H, D]``, around which the far field pools keys; None without one.
     """
@@ -32,9 +35,18 @@ class Estimate:
     mix_scale: Tensor | None
     layout: str
     shift: int
-    length: Tensor
+    num_keys: int
+    causal: bool
+    attention_mask: Tensor | None = None
     coarse: BinMask | None = None
     centre: Tensor | None = None
+
+    @property
+    def length(self) -> Tensor:
+        """Keys that each row may see: int64 ``[N, T]``. Built when asked for: most layers are never asked."""
+        rows = self.mask.bits if isinstance(self.mask, BinMask) else self.mask.starts
+        place = {"causal": self.causal, "attention_mask": self.attention_mask, "device": rows.device}
+        return row_spans(rows.shape[0], rows.shape[2], self.num_keys, **place).length
 
     def probabilities(self) -> Tensor:
         """The estimated compressed attention over K: float32 ``[N, H, T, K]``, see ``log_probabilities``."""

@@ -135,14 +135,52 @@ class SEAAttention(nn.Module):
         with_scores: bool = True,
     ) -> Estimate:
         """Estimate the attention of every row without attending; arguments as for ``forward``."""
-        spans = self._spans(query, key, attention_mask)
         self._check_cache(query.shape[2], key.shape[2])
         shift = self._draw_shift()
         place = {"scaling": scaling, "causal": self.causal, "attention_mask": attention_mask}
+        far = self.config.average_context == "far"
+        if self.selects_from_keys:
+            scores = self._pooled_scores(query, key, shift=shift, **place) if with_scores else None
+            mask = self._select_from_keys(query, key, **place)
+            gates = () if far else self.gates(query)
+        else:
+            scores, mask, gates = self._estimate_by_scores(query, key, value, shift, with_scores, **place)
+        coarse = None
+        if self.config.first_look_ratio > 1:
+            coarse, mask = mask, self._look_twice(query, key, mask, **place)
+        return Estimate(
+            scores=scores,
+            mask=mask,
+            prob_scale=None if far else gates[0],
+            mix_scale=gates[1] if len(gates) > 1 else None,
+            layout=self.config.bins,
+            shift=shift,
+            num_keys=key.shape[2],
+            causal=self.causal,
+            attention_mask=attention_mask,
+            coarse=coarse,
+            centre=self.centre if far else None,
+        )
+
+    def _estimate_by_scores(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        shift: int,
+        with_scores: bool,
+        *,
+        scaling: float,
+        causal: bool,
+        attention_mask: Tensor | None,
+    ) -> tuple[Tensor | None, BinMask, Tensor | tuple[()]]:
+        """Scores (if wanted), the bins that they select, and gates (none with a far field)."""
+        spans = self._spans(query, key, attention_mask)
+        place = {"scaling": scaling, "causal": causal, "attention_mask": attention_mask}
         linear_context = None
         if self.config.decoder == "conv":
             linear_context = self._linear_context(query, key, value, spans, **place)
-        whole = with_scores or torch.is_grad_enabled() or not self.causal or linear_context is None
+        whole = with_scores or torch.is_grad_enabled() or not causal or linear_context is None
         chunks = rows_at_once(query, self.config.predictor_length, whole)
         estimated = [
             self._estimate_rows(rows, query, key, value, linear_context, spans, shift, with_scores, **place)
@@ -150,24 +188,10 @@ class SEAAttention(nn.Module):
         ]
         scores, masks, gates = zip(*estimated, strict=True)
         mask = replace(masks[0], bits=torch.cat([part.bits for part in masks], 2)) if len(chunks) > 1 else masks[0]
-        if self.config.query_stride > 1 and not self.selects_from_keys:
+        if self.config.query_stride > 1:
             mask = share_bins(mask, spans, self.config.query_stride, keep_own=self.config.keep_own)
-        coarse = None
-        if self.config.first_look_ratio > 1:
-            coarse, mask = mask, self._look_twice(query, key, mask, **place)
-        far = self.config.average_context == "far"
-        gates = () if far else torch.cat(gates, -1)
-        return Estimate(
-            scores=scores[0] if with_scores else None,
-            mask=mask,
-            prob_scale=None if far else gates[0],
-            mix_scale=gates[1] if len(gates) > 1 else None,
-            layout=self.config.bins,
-            shift=shift,
-            length=spans.length,
-            coarse=coarse,
-            centre=self.centre if far else None,
-        )
+        gates = () if self.config.average_context == "far" else torch.cat(gates, -1)
+        return scores[0] if with_scores else None, mask, gates
 
     def _estimate_rows(
         self,
@@ -183,7 +207,7 @@ class SEAAttention(nn.Module):
         scaling: float,
         causal: bool,
         attention_mask: Tensor | None,
-    ) -> tuple[Tensor | None, BinMask, Tensor | None]:
+    ) -> tuple[Tensor, BinMask, Tensor | None]:
         """Scores, selected bins and gates of some rows: all of them, or a chunk of causal ones."""
         lead = min(rows.start, self.decoder.look_back) if rows.start else 0  # rows that convolutions look back on
         seen = slice(rows.start - lead, rows.stop)
@@ -191,20 +215,14 @@ class SEAAttention(nn.Module):
         query, key, value = query[:, :, seen], key[:, :, :num_keys], value[:, :, :num_keys]
         attention_mask = None if attention_mask is None else attention_mask[:, :num_keys]
         place = {"scaling": scaling, "causal": causal, "attention_mask": attention_mask}
-        encoded = scores = gates = None
+        encoded = gates = None
         if linear_context is not None:
             encoded = self._encode(linear_context[:, :, seen], value)
-        if with_scores or not self.selects_from_keys:
-            pooled = self._pooled_scores(query, key, shift=shift, **place)
-            skips = self.config.query_stride >= 4 and not with_scores and not torch.is_grad_enabled()
-            stride = self.config.query_stride if skips else 1  # 2 would save nothing: see the decoder
-            scores = self._scores(encoded, pooled, spans_of_rows(spans, seen), lead, stride)
-        if self.selects_from_keys:
-            mask = self._select_from_keys(query, key, **place)
-        else:
-            mask = self._select_from_scores(
-                scores.detach(), spans_of_rows(spans, rows), num_keys, shift, attention_mask
-            )
+        pooled = self._pooled_scores(query, key, shift=shift, **place)
+        skips = self.config.query_stride >= 4 and not with_scores and not torch.is_grad_enabled()
+        stride = self.config.query_stride if skips else 1  # 2 would save nothing: see the decoder
+        scores = self._scores(encoded, pooled, spans_of_rows(spans, seen), lead, stride)
+        mask = self._select_from_scores(scores.detach(), spans_of_rows(spans, rows), num_keys, shift, attention_mask)
         if self.config.average_context != "far":
             gates = self.gates((query if encoded is None else encoded)[:, :, lead:])
         return scores, mask, gates

@@ -33,8 +33,8 @@ def make_record(query, key, context=None, estimate=None, *, causal=True, mask=No
 def make_estimate(scores) -> Estimate:
     bits = torch.zeros(*scores.shape[:3], scores.shape[-1] // 32, dtype=torch.int32)
     gates = torch.ones(scores.shape[:3])
-    length = torch.ones(scores.shape[0], scores.shape[2], dtype=torch.int64)
-    return Estimate(scores, BinMask(bits, scores.shape[-1], "relative"), gates, gates, "relative", 0, length)
+    mask, length = BinMask(bits, scores.shape[-1], "relative"), scores.shape[2]
+    return Estimate(scores, mask, gates, gates, "relative", 0, num_keys=length, causal=True)
 
 
 def test_layer_losses_reproduce_the_authors_numbers():
