@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_common import cdiv
 from .triton_entries import BLOCK_ROWS, Entries, EntryLists
 from .triton_wide_lists import SPREAD, TILE_LEVEL, WideLists
 
@@ -59,7 +60,7 @@ class InverseLists:
         else:
             mask = lists.mask
             self.first_level, self.levels = mask.width.bit_length() - 1, 1
-            self.units, self.rows_each, block_rows = triton.cdiv(lists.num_keys, mask.width), 1, BLOCK_ROWS
+            self.units, self.rows_each, block_rows = cdiv(lists.num_keys, mask.width), 1, BLOCK_ROWS
             windowed = mask.window > 0 or mask.stride > 1
             per_row = lists.slots + ((mask.window + mask.stride) // mask.width + 3 if windowed else 0)
             bound = lists.num_queries * per_row
@@ -70,9 +71,9 @@ class InverseLists:
     ) -> tuple[Tensor, Tensor]:
         """The lists and where they begin, if those of a head have at most ``bound`` elements."""
         heads, device = lists.batch * lists.heads, entries[0].packed.device
-        blocks = triton.cdiv(lists.num_queries, block_rows)
-        chunk_blocks = max(triton.cdiv(CHUNK_ROWS, block_rows), triton.cdiv(blocks, MOST_CHUNKS))
-        chunks = triton.cdiv(blocks, chunk_blocks)
+        blocks = cdiv(lists.num_queries, block_rows)
+        chunk_blocks = max(cdiv(CHUNK_ROWS, block_rows), cdiv(blocks, MOST_CHUNKS))
+        chunks = cdiv(blocks, chunk_blocks)
         places = heads * self.levels * self.units * self.kinds
         table = torch.zeros(1 + places * chunks, dtype=torch.int32, device=device)
         counts = table[1:]  # the sum before each count is where its rows begin
@@ -277,11 +278,11 @@ def cut_tiles(inverse: InverseLists, num_keys: int, tile_keys: int, heads: int, 
         heads: N * H, the query heads of all items.
         members: H / G; tile i is tile ``i % ceil(S / tile_keys)`` of key head ``i // ceil(S / tile_keys)``.
     """
-    per_head = triton.cdiv(num_keys, tile_keys)
+    per_head = cdiv(num_keys, tile_keys)
     tiles = per_head * (heads // members)
     device = inverse.rows.device
     rows = torch.empty(tiles, dtype=torch.int32, device=device)
-    _tile_rows_kernel[triton.cdiv(per_head, 64), heads // members](
+    _tile_rows_kernel[cdiv(per_head, 64), heads // members](
         inverse.offsets,
         rows,
         per_head,

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import item_span, on_device, row_span
+from ..triton_common import cdiv, item_span, on_device, row_span
 from .triton_scores import (
     LOG2E,
     last_block_first,
@@ -73,7 +73,7 @@ def attention_loss(
     lse, divergence, square_error, pull = (torch.empty_like(teacher_lse) for _ in range(4))
     args, sizes = _arguments(tensors, spans, causal, teacher_scaling, scaling)
     batch, heads, num_queries, _ = query.shape
-    grid = triton.cdiv(num_queries, sizes["ROWS"]), heads, batch
+    grid = cdiv(num_queries, sizes["ROWS"]), heads, batch
     with on_device(query):
         _loss_kernel[grid](*tensors, teacher_lse, lse, pull, divergence, square_error, *args, **sizes)
     return divergence, square_error, RowNumbers(teacher_lse, lse, pull)
@@ -107,13 +107,13 @@ def attention_gradients(
     with on_device(query):
         if want_query:
             grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-            grid = triton.cdiv(num_queries, sizes["ROWS"]), heads, batch
+            grid = cdiv(num_queries, sizes["ROWS"]), heads, batch
             _query_gradient_kernel[grid](*tensors, *numbers, *grads, unit, grad_query, *args, **sizes)
         if want_key:
             # Here a program owns keys and walks rows, in smaller steps: each brings five numbers of its own.
             grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
             sizes |= {"ROWS": min(sizes["KEYS"], 32), "KEYS": sizes["ROWS"]}
-            grid = triton.cdiv(key.shape[2], sizes["KEYS"]), key.shape[1], batch
+            grid = cdiv(key.shape[2], sizes["KEYS"]), key.shape[1], batch
             _key_gradient_kernel[grid](*tensors, *numbers, *grads, unit, grad_key, *args, **sizes)
     return grad_query, grad_key
 

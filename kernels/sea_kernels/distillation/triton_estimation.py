@@ -10,7 +10,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bins import Layout
-from ..triton_common import aligned_level, count_levels, item_span, on_device, row_span, with_dense_rows
+from ..triton_common import (
+    aligned_level,
+    cdiv,
+    count_levels,
+    item_span,
+    next_power_of_2,
+    on_device,
+    row_span,
+    with_dense_rows,
+)
 from ..triton_entries import relative_start
 
 
@@ -64,12 +73,12 @@ def _launch(
 ) -> tuple[tuple, tuple, dict]:
     """Grid, arguments and sizes that both kernels have in common."""
     batch, heads, num_queries, num_bins = scores.shape
-    padded = triton.next_power_of_2(num_bins)
+    padded = next_power_of_2(num_bins)
     rows = max(1, 2048 // padded)
     args = spans, *scores.stride()[:3], num_queries, num_keys, count_levels(num_keys, num_bins), shift
     sizes = {"NUM_BINS": num_bins, "BINS_PADDED": padded, "ROWS": rows, "CAUSAL": causal, "num_warps": 4}
     sizes |= {"HAS_PADDING": spans is not None, "RELATIVE": layout == "relative", "HAS_SHIFT": shift != 0}
-    return (triton.cdiv(num_queries, rows), heads, batch), args, sizes
+    return (cdiv(num_queries, rows), heads, batch), args, sizes
 
 
 @triton.jit

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import item_span, on_device, row_span
+from ..triton_common import cdiv, item_span, next_power_of_2, on_device, row_span
 
 LOG2E = 1.4426950408889634
 
@@ -29,7 +29,7 @@ def tile_config(*tensors: Tensor) -> dict:
 
 def padded_width(tensor: Tensor) -> int:
     """Columns that a tile of ``tensor [..., D]`` has in a kernel."""
-    return max(16, triton.next_power_of_2(tensor.shape[-1]))
+    return max(16, next_power_of_2(tensor.shape[-1]))
 
 
 def product_precision(*tensors: Tensor) -> str:
@@ -54,7 +54,7 @@ def row_lse(query: Tensor, key: Tensor, spans: Tensor | None, *, causal: bool, s
     lse = query.new_empty(batch, heads, num_queries, dtype=torch.float32)
     config = tile_config(query)
     with on_device(query):
-        _lse_kernel[(triton.cdiv(num_queries, config["ROWS"]), heads, batch)](
+        _lse_kernel[(cdiv(num_queries, config["ROWS"]), heads, batch)](
             query,
             key,
             lse,

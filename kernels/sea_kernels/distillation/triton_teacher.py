@@ -12,7 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bins import Layout
-from ..triton_common import aligned_level, count_levels, item_span, item_spans, on_device, row_span, with_dense_rows
+from ..triton_common import (
+    aligned_level,
+    cdiv,
+    count_levels,
+    item_span,
+    item_spans,
+    on_device,
+    row_span,
+    with_dense_rows,
+)
 from .triton_scores import (
     LOG2E,
     last_block_first,
@@ -49,7 +58,7 @@ def teacher_statistics(
     config = tile_config(query)
     config["KEYS"] = min(config["KEYS"], 32)  # a larger tile's sums and edges do not fit into registers
     with on_device(query):
-        _pool_kernel[(triton.cdiv(num_queries, config["ROWS"]), heads, batch)](
+        _pool_kernel[(cdiv(num_queries, config["ROWS"]), heads, batch)](
             query,
             key,
             lse,

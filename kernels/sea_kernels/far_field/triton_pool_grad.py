@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import aligned_level, item_span
+from ..triton_common import aligned_level, cdiv, item_span, next_power_of_2
 from .triton_pool import Pool
 from .triton_walk import Walk, load_columns
 
@@ -37,7 +37,7 @@ def pool_gradients(
     key, value, centre = walk.key, walk.value, walk.centre
     new = torch.empty if walk.spans is None else torch.zeros  # no program visits padding
     grad_key, grad_value = (new(x.shape, dtype=x.dtype, device=x.device) for x in (key, value))
-    tiles = triton.cdiv(walk.num_keys, TILE_KEYS)
+    tiles = cdiv(walk.num_keys, TILE_KEYS)
     grad_centre = torch.empty(walk.batch, tiles, *centre.shape, dtype=torch.float32, device=key.device)
     _pool_gradients_kernel[(tiles, walk.batch * walk.groups)](
         key,
@@ -62,8 +62,8 @@ def pool_gradients(
         walk.num_runs,
         HEAD_DIM=walk.head_dim,
         VALUE_DIM=walk.value_dim,
-        HEAD_PADDED=triton.next_power_of_2(walk.head_dim),
-        VALUE_PADDED=triton.next_power_of_2(walk.value_dim),
+        HEAD_PADDED=next_power_of_2(walk.head_dim),
+        VALUE_PADDED=next_power_of_2(walk.value_dim),
         NUM_BINS=walk.bins.num_bins,
         WIDTH=walk.width,
         LOOKS_TWICE=walk.looks_twice,

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import aligned_level, item_span, row_span
+from ..triton_common import aligned_level, cdiv, item_span, row_span
 from .triton_pool import Pool
 from .triton_rows import add_rows, bits_of, kept_runs, rows_below
 from .triton_walk import TILE, Walk, load_columns, window_begin
@@ -25,7 +25,7 @@ def pooled_gradients(walk: Walk, pools: list[Pool], grad_output: Tensor, log_sum
 
 
 def _bin_gradients(walk: Walk, bins: Pool, rows: tuple) -> Pool:
-    splits = min(MOST_SPLITS, triton.cdiv(walk.num_queries, SPLIT_ROWS))
+    splits = min(MOST_SPLITS, cdiv(walk.num_queries, SPLIT_ROWS))
     grads = _empty_like(bins, splits)
     tiles = bins.offset.shape[-1] // TILE
     _bin_gradients_kernel[(tiles, walk.batch * walk.heads, splits)](
@@ -36,7 +36,7 @@ def _bin_gradients(walk: Walk, bins: Pool, rows: tuple) -> Pool:
 
 def _run_gradients(walk: Walk, runs: Pool, rows: tuple) -> Pool:
     grads = _empty_like(runs, 1)
-    _run_gradients_kernel[(triton.cdiv(walk.num_runs, TILE), walk.batch * walk.heads)](
+    _run_gradients_kernel[(cdiv(walk.num_runs, TILE), walk.batch * walk.heads)](
         *runs, *grads, walk.num_runs, *rows, **walk.sizes(), **walk.row_sizes(), BLOCKS=BLOCKS
     )
     return Pool(*(grad[0] for grad in grads))

@@ -6,10 +6,9 @@ through in pieces, so that the states in memory have a fixed size. Bidirectional
 """
 
 import torch
-import triton
 from torch import Tensor
 
-from ..triton_common import item_spans, on_device, with_dense_rows
+from ..triton_common import cdiv, item_spans, next_power_of_2, on_device, with_dense_rows
 from .state import LinearState
 from .triton_outputs import bidirectional_output_kernel, causal_output_kernel
 from .triton_states import highest_kernel, scan_kernel, state_kernel
@@ -81,7 +80,7 @@ def bidirectional(
     query, key, value, projection = (with_dense_rows(tensor) for tensor in (query, key, value, projection))
     spans = item_spans(attention_mask)
     block = block_size(query)
-    blocks = triton.cdiv(num_rows, block)
+    blocks = cdiv(num_rows, block)
     highest = key.new_empty(batch, groups, blocks, dtype=torch.float32)
     output = query.new_empty(batch, heads, num_rows, value_dim)
     options = {"BLOCK": block, "HAS_PADDING": spans is not None, **feature_sizes(query, projection)}
@@ -96,8 +95,8 @@ def bidirectional(
             head_dim**-0.25,
             **options,
         )
-        part = triton.cdiv(blocks, PARTIAL_SUMS)
-        states = _sum_segments(key, value, projection, spans, 0, triton.cdiv(blocks, part), part, highest.amax(-1))
+        part = cdiv(blocks, PARTIAL_SUMS)
+        states = _sum_segments(key, value, projection, spans, 0, cdiv(blocks, part), part, highest.amax(-1))
         bidirectional_output_kernel[(blocks, heads, batch)](
             query,
             projection,
@@ -116,7 +115,7 @@ def bidirectional(
 
 def pieces(key: Tensor, value: Tensor, projection: Tensor) -> list[tuple[int, int]]:
     """First segment and number of segments of the parts of the keys whose states are in memory together."""
-    segments = triton.cdiv(key.shape[2], SEGMENT)
+    segments = cdiv(key.shape[2], SEGMENT)
     elements = key.shape[0] * key.shape[1] * projection.shape[0] * value.shape[-1]
     most = max(1, STATE_ELEMENTS // elements)
     return [(first, min(most, segments - first)) for first in range(0, segments, most)]
@@ -126,7 +125,7 @@ def row_blocks(query: Tensor, key: Tensor, first: int, count: int, block: int) -
     """First block and number of blocks of positions that hold queries in ``count`` segments from ``first`` on."""
     num_keys = key.shape[2]
     begin = max(first * SEGMENT, num_keys - query.shape[2]) // block
-    return begin, triton.cdiv(min((first + count) * SEGMENT, num_keys), block) - begin
+    return begin, cdiv(min((first + count) * SEGMENT, num_keys), block) - begin
 
 
 def segment_states(
@@ -152,7 +151,7 @@ def scan(sums: tuple[Tensor, ...], initial: LinearState | None, reverse: bool = 
     final = [tensor.new_empty(*tensor.shape[:2], *tensor.shape[3:]) for tensor in sums]
     for tensor, start, end in zip(sums, initial or (None, None), final, strict=True):
         size = end[0, 0].numel()
-        scan_kernel[(triton.cdiv(size, 1024), tensor.shape[0] * tensor.shape[1])](
+        scan_kernel[(cdiv(size, 1024), tensor.shape[0] * tensor.shape[1])](
             tensor,
             None if start is None else start.float().contiguous(),
             end,
@@ -181,7 +180,7 @@ def _sum_segments(
     key_value = key.new_empty(*shape, value.shape[-1], dtype=torch.float32)
     key_sum = key.new_empty(shape, dtype=torch.float32)
     tile = block_size(key)
-    state_kernel[(count * triton.cdiv(shape[-1], tile), groups, batch)](
+    state_kernel[(count * cdiv(shape[-1], tile), groups, batch)](
         key,
         value,
         projection,
@@ -216,7 +215,7 @@ def feature_sizes(rows: Tensor, projection: Tensor, tile: int = 32) -> dict:
     return {
         "NUM_FEATURES": projection.shape[0],
         "HEAD_DIM": head_dim,
-        "HEAD_PADDED": max(16, triton.next_power_of_2(head_dim)),
+        "HEAD_PADDED": max(16, next_power_of_2(head_dim)),
         "TILE": tile,
         "PRECISION": "ieee" if rows.dtype == torch.float32 else "tf32",
     }
@@ -228,7 +227,7 @@ def value_sizes(value: Tensor) -> dict:
     wide = value_dim > 128  # then one stage of loads fills half of the shared memory
     return {
         "VALUE_DIM": value_dim,
-        "VALUE_PADDED": max(16, triton.next_power_of_2(value_dim)),
+        "VALUE_PADDED": max(16, next_power_of_2(value_dim)),
         "num_warps": 8 if wide else 4,
         "num_stages": 1 if wide else 2,
     }

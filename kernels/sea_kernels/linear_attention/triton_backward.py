@@ -1,9 +1,8 @@
 """Causal backward pass in Triton: deterministic, linear in the length, with features computed where they are used."""
 
-import triton
 from torch import Tensor
 
-from ..triton_common import item_spans, on_device, with_dense_rows
+from ..triton_common import cdiv, item_spans, on_device, with_dense_rows
 from . import triton as forward
 from .state import LinearState
 from .triton_gradients import gradient_state_kernel, key_gradient_kernel, query_gradient_kernel, row_kernel
@@ -46,7 +45,7 @@ def _row_factors(
     """1 / normaliser and e of every row (see ``triton_gradients.py``), float32 ``[N, H, T]``; 0 in padding rows."""
     batch, heads, num_queries, _ = output.shape
     factors = normaliser.new_empty(2, batch, heads, num_queries)
-    row_kernel[(triton.cdiv(num_queries, BLOCK), heads, batch)](
+    row_kernel[(cdiv(num_queries, BLOCK), heads, batch)](
         grad_output,
         output,
         normaliser,
@@ -109,7 +108,7 @@ def _key_gradients(
     grads = key.new_empty(key.shape), value.new_empty(value.shape)
     for first, count in reversed(forward.pieces(key, value, projection)):
         after, state = _gradient_states(inputs, scaling, state, first, count)
-        blocks = triton.cdiv(min(count * forward.SEGMENT, num_keys - first * forward.SEGMENT), BLOCK)
+        blocks = cdiv(min(count * forward.SEGMENT, num_keys - first * forward.SEGMENT), BLOCK)
         key_gradient_kernel[(blocks, groups, batch)](
             *inputs,
             *after,
@@ -143,7 +142,7 @@ def _gradient_states(
     shape = (batch, groups, count, projection.shape[0])
     sums = [rows[0].new_empty(*shape, value.shape[-1]), rows[0].new_empty(shape)]
     block = forward.block_size(query)
-    gradient_state_kernel[(count * triton.cdiv(shape[-1], block), groups, batch)](
+    gradient_state_kernel[(count * cdiv(shape[-1], block), groups, batch)](
         query,
         projection,
         grad_output,

@@ -12,7 +12,17 @@ from torch import Tensor
 
 from ..bins import SHIFT_UNIT, Layout
 from ..pooling import RunPool
-from ..triton_common import aligned_level, count_levels, item_span, item_spans, on_device, row_span, with_dense_rows
+from ..triton_common import (
+    aligned_level,
+    cdiv,
+    count_levels,
+    item_span,
+    item_spans,
+    next_power_of_2,
+    on_device,
+    row_span,
+    with_dense_rows,
+)
 from ..triton_entries import relative_start
 from ..triton_pooling import pool_bins
 
@@ -105,7 +115,7 @@ def _score_shared_bins(
     groups, levels, num_bins, parts = pooled.shape[1:5]
     full = query.dtype == torch.float32  # products outside the matrix units, which need more registers
     narrow = full or num_bins % 64 or parts * head_dim > 256  # three vectors of wide heads would fill shared memory
-    _shared_kernel[(triton.cdiv(num_queries, BLOCK_ROWS) + 1, heads, batch)](
+    _shared_kernel[(cdiv(num_queries, BLOCK_ROWS) + 1, heads, batch)](
         query,
         key,
         pooled,
@@ -120,7 +130,7 @@ def _score_shared_bins(
         heads // groups,
         scaling,
         HEAD_DIM=head_dim,
-        HEAD_PADDED=max(16, triton.next_power_of_2(head_dim)),
+        HEAD_PADDED=max(16, next_power_of_2(head_dim)),
         PARTS=parts,
         NUM_BINS=num_bins,
         BINS=32 if narrow else 64,
@@ -150,7 +160,7 @@ def _pool_relative_bins(
         shift,
         scaling,
         HEAD_DIM=head_dim,
-        HEAD_PADDED=triton.next_power_of_2(head_dim),
+        HEAD_PADDED=next_power_of_2(head_dim),
         PARTS=parts,
         NUM_BINS=num_bins,
         HAS_PADDING=spans is not None,
@@ -165,7 +175,7 @@ def _score_own_edges(
 ) -> Tensor:
     batch, heads, num_queries, head_dim = query.shape
     groups, num_keys = key.shape[1:3]
-    longest = 2 * triton.cdiv(num_keys, num_bins) + triton.cdiv(abs(shift), SHIFT_UNIT)
+    longest = 2 * cdiv(num_keys, num_bins) + cdiv(abs(shift), SHIFT_UNIT)
     table = RunPool(key, statistic, longest).table
     scores = query.new_empty(batch, heads, num_queries, num_bins)
     _own_edges_kernel[(num_queries, groups, batch)](
@@ -181,7 +191,7 @@ def _score_own_edges(
         shift,
         scaling,
         HEAD_DIM=head_dim,
-        HEAD_PADDED=triton.next_power_of_2(head_dim),
+        HEAD_PADDED=next_power_of_2(head_dim),
         NUM_BINS=num_bins,
         BINS=32,
         IS_MEAN=statistic == "mean",

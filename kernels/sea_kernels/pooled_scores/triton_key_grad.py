@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import aligned_level, item_span
+from ..triton_common import aligned_level, cdiv, item_span, next_power_of_2
 
 TILE = 32  # keys of a program; divides K, so that positions of a tile have one aligned width
 
@@ -39,12 +39,12 @@ def key_gradient(
     """
     batch, groups, num_keys, head_dim = key.shape
     levels, num_bins, parts = grad_pooled.shape[2:5]
-    padded = triton.next_power_of_2(head_dim)
+    padded = next_power_of_2(head_dim)
     # With means, no program reads it.
     holders = grad_pooled if parts == 1 else _holders(key, levels, num_bins, spans)
     new = torch.empty if spans is None else torch.zeros  # no program visits padding
     grad_key = new(key.shape, dtype=key.dtype, device=key.device)
-    _key_gradient_kernel[(triton.cdiv(num_keys, TILE), groups, batch)](
+    _key_gradient_kernel[(cdiv(num_keys, TILE), groups, batch)](
         query,
         key,
         tail,
@@ -84,7 +84,7 @@ def _holders(key: Tensor, levels: int, num_bins: int, spans: Tensor | None) -> T
         num_keys,
         levels,
         HEAD_DIM=head_dim,
-        HEAD_PADDED=triton.next_power_of_2(head_dim),
+        HEAD_PADDED=next_power_of_2(head_dim),
         NUM_BINS=num_bins,
         HAS_PADDING=spans is not None,
         num_warps=1,

@@ -10,7 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..bins import Layout
-from ..triton_common import aligned_level, count_levels, item_span, item_spans, on_device, row_span, with_dense_rows
+from ..triton_common import (
+    aligned_level,
+    cdiv,
+    count_levels,
+    item_span,
+    item_spans,
+    next_power_of_2,
+    on_device,
+    row_span,
+    with_dense_rows,
+)
 from ..triton_ranking import tie_cut
 
 PROGRAM_BINS = 4096  # of small groups that share a program
@@ -35,10 +45,10 @@ def select_bins(
     scores = with_dense_rows(scores)
     bits = scores.new_empty(batch, heads, num_queries, num_bins // 32, dtype=torch.int32)
     members = heads if grouping == "causal_batch" else 1
-    size = triton.next_power_of_2(members * num_bins)
+    size = next_power_of_2(members * num_bins)
     rows = max(1, PROGRAM_BINS // size)
     with on_device(scores):
-        _select_kernel[(triton.cdiv(num_queries, rows), heads // members, batch)](
+        _select_kernel[(cdiv(num_queries, rows), heads // members, batch)](
             scores.view(torch.int32 if scores.element_size() == 4 else torch.int16),
             bits,
             spans,

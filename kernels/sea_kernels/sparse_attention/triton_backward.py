@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..masks import BinMask, RunMask, mask_of_heads
-from ..triton_common import item_span, item_spans, on_device, row_span, with_dense_rows
+from ..triton_common import item_span, item_spans, next_power_of_2, on_device, row_span, with_dense_rows
 from ..triton_entries import BLOCK_ROWS, RELATIVE_TILE, Entries, EntryLists
 from ..triton_inverse import MOST_CHUNKS
 from ..triton_wide_rows_backward import differentiate_queries_in_bins
@@ -151,8 +151,8 @@ def _differentiate_queries(
         lists.mask.shift if relative else 0,
         HEAD_DIM=head_dim,
         VALUE_DIM=value_dim,
-        HEAD_PADDED=max(16, triton.next_power_of_2(head_dim)),
-        VALUE_PADDED=max(16, triton.next_power_of_2(value_dim)),
+        HEAD_PADDED=max(16, next_power_of_2(head_dim)),
+        VALUE_PADDED=max(16, next_power_of_2(value_dim)),
         CAPACITY=lists.capacity,
         NUM_BINS=lists.mask.num_bins if relative else 32,
         ROWS=BLOCK_ROWS,

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import item_span, row_span
+from ..triton_common import cdiv, item_span, next_power_of_2, row_span
 from ..triton_entries import Entries, EntryLists, relative_bin
 from ..triton_inverse import UNIT_BITS, InverseLists, TileParts, cut_tiles, tile_range
 from .triton import LOG2E
@@ -51,7 +51,7 @@ def differentiate_keys(
     """
     batch, heads, num_queries, head_dim = query.shape
     groups, num_keys, value_dim = value.shape[1:]
-    tiles = triton.cdiv(num_keys, TILE_KEYS)
+    tiles = cdiv(num_keys, TILE_KEYS)
     tensors = query, key, value, grad_output, grad_key, grad_value
     strides = [stride for tensor in tensors for stride in tensor.stride()[:3]]
     args = [*tensors, log_sum, delta, row_scale, lists.spans, *strides, *log_sum.stride()[:2]]
@@ -59,8 +59,8 @@ def differentiate_keys(
     options = {
         "HEAD_DIM": head_dim,
         "VALUE_DIM": value_dim,
-        "HEAD_PADDED": max(16, triton.next_power_of_2(head_dim)),
-        "VALUE_PADDED": max(16, triton.next_power_of_2(value_dim)),
+        "HEAD_PADDED": max(16, next_power_of_2(head_dim)),
+        "VALUE_PADDED": max(16, next_power_of_2(value_dim)),
         "KEYS": TILE_KEYS,
         "UNIT_BITS": UNIT_BITS,
         "CAUSAL": lists.causal,
