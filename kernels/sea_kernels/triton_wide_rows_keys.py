@@ -59,6 +59,10 @@ def differentiate_keys_in_bins(
     members, rows = query.shape[1] // key.shape[1], rows_per_block(query, value)
     whole = WideLists(mask, key.shape[2], causal, spans, rows, KEYS_LEVEL)
     for groups in _slices(whole, key.shape[1], members):
+        if groups == slice(0, key.shape[1]):  # all at once, as long as inputs are not very long
+            tensors = query, grad_output, log_sums, delta, row_scale, key, value, grad_key, grad_value
+            _differentiate(*tensors, whole, scaling)
+            continue
         heads = slice(groups.start * members, groups.stop * members)
         lists = WideLists(mask_of_heads(mask, heads), key.shape[2], causal, spans, rows, KEYS_LEVEL)
         own = (None if x is None else x[:, heads] for x in (query, grad_output, log_sums, delta, row_scale))
