@@ -194,6 +194,20 @@ def test_scores_that_nobody_asks_for_change_nothing(causal, average):
     assert (bare.scores is None) == (causal or average == "far")  # the bidirectional average needs them
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_lengths_are_those_of_spans_and_only_built_when_asked_for(causal, monkeypatch):
+    layer = SEAAttention(SEAConfig(predictor_length=32), num_heads=2, num_kv_heads=2, head_dim=8, causal=causal)
+    mask = torch.arange(12) < torch.tensor([[7], [12]])
+    expected = row_spans(2, 12, 12, causal=causal, attention_mask=mask).length
+
+    def refuse(*arguments, **options):
+        raise AssertionError("spans are built")
+
+    monkeypatch.setattr(sea, "row_spans", refuse)
+    _, estimate = layer(*torch.randn(3, 2, 2, 12, 8), scaling=0.3, attention_mask=mask)
+    assert torch.equal(estimate.length, expected)
+
+
 def test_jitter_moves_edges_in_training_only():
     config = SEAConfig.paper_opt(k=4, predictor_length=32, jitter_probability=1.0)
     layer = SEAAttention(config, num_heads=2, num_kv_heads=2, head_dim=8, causal=True)
