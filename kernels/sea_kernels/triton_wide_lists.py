@@ -14,8 +14,10 @@ from .triton_entries import LIST_BYTES, Entries, join_rows
 
 TILE = 32  # keys at a time: their bins of any width lie in one word of a row's bits
 TILE_LEVEL = 5  # log2 of them
+LEAST_LEVEL = 3  # log2 of the keys of the smallest bins that wider tiles take without a mask per score
 WIDE_TILE = 64  # keys at a time where bins are as wide, and all of their keys are valid
 WIDE_TILE_BYTES = 128  # of a row of keys or values, at most: wider ones would need too much shared memory
+MOST_STRIDE = 1 << 25  # between rows of keys or values, such that offsets within a tile fit into 32 bits
 SPREAD = 8  # entries that a block has beside those of its rows' K bins, of which the widest may be two entries each
 MOST_ROWS, MOST_BYTES = 64, 8192  # of a block of rows
 BACKWARD_BYTES = 16384  # of a block in the backward pass, in half precision
@@ -227,6 +229,13 @@ def tile_start(ENTRIES, step, steps, unit, TILE: tl.constexpr):
 
 
 @triton.jit
+def tile_starts(ENTRIES, step, steps, unit, ENTRY: tl.constexpr, HALVES: tl.constexpr):
+    """First keys of the first and of the last entry of a tile, which has ``HALVES`` of them."""
+    left = tile_start(ENTRIES, step * HALVES, steps * HALVES, unit, ENTRY)
+    return left, tile_start(ENTRIES, step * HALVES + HALVES - 1, steps * HALVES, unit, ENTRY)
+
+
+@triton.jit
 def load_tile(BASE, o_key, m_key, stride, DIM: tl.constexpr, PADDED: tl.constexpr):
     """Rows of a matrix for successive keys, all of them if there is no ``m_key``. [TILE, PADDED]"""
     o_tile, o_dim = tl.arange(0, o_key.shape[0]), tl.arange(0, PADDED)
@@ -240,3 +249,49 @@ def load_tile(BASE, o_key, m_key, stride, DIM: tl.constexpr, PADDED: tl.constexp
         m_tile = m_key[:, None] if DIM == PADDED else m_key[:, None] & m_dim
         loaded = tl.load(pointer, mask=m_tile, other=0.0)
     return loaded
+
+
+@triton.jit
+def load_rows(BASE, o_key, stride, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of a matrix, in one or two parts that follow one another. [TILE, PADDED]"""
+    o_tile, o_dim = tl.arange(0, o_key.shape[0]), tl.arange(0, PADDED)
+    # One product for a part: the others are the same for every tile. What a thread loads lies 16 rows apart, so that it
+    # keeps one offset of its own.
+    pointer = BASE + (o_key - o_tile).to(tl.int64)[:, None] * stride + (o_tile // 16 * 16)[:, None] * stride
+    pointer += (o_tile % 16).to(tl.int64)[:, None] * stride + o_dim[None, :]
+    return tl.load(pointer) if DIM == PADDED else tl.load(pointer, mask=(o_dim < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def keys_of_tile(left, right, ENTRY: tl.constexpr, HALVES: tl.constexpr):
+    """Keys of a tile of one or two entries of ``ENTRY`` keys, whose first keys are given. [ENTRY * HALVES]"""
+    o_tile = tl.arange(0, ENTRY * HALVES)
+    # Which half a score belongs to is known when the kernel is compiled, for every register that holds one.
+    return tl.where(o_tile < ENTRY, left, right - ENTRY * (HALVES - 1)) + o_tile
+
+
+@triton.jit
+def kept_bins(left, right, left_word, right_word, width, BINS: tl.constexpr, HALVES: tl.constexpr):
+    """Which rows keep which of a tile's ``BINS`` bins of ``2^width`` keys, from the words that say so. [ROWS, BINS]"""
+    o_bin = tl.arange(0, BINS)
+    left_bits, right_bits = left_word >> ((left >> width) & 31), right_word >> ((right >> width) & 31)
+    bits = tl.where((o_bin < BINS // HALVES)[None, :], left_bits[:, None], right_bits[:, None])
+    return ((bits >> (o_bin % (BINS // HALVES))[None, :]) & 1) != 0
+
+
+@triton.jit
+def weights_of_bins(products, keep, log_sum, scale):
+    """Weights [ROWS, TILE] of a tile's products, 0 in the bins that ``keep [ROWS, BINS]`` denies to a row."""
+    ROWS: tl.constexpr = products.shape[0]
+    TILE: tl.constexpr = products.shape[1]
+    BINS: tl.constexpr = keep.shape[1]
+    if BINS == 1:
+        keep = tl.max(keep.to(tl.int32), 1) != 0
+        weights = tl.exp2(products * scale - tl.where(keep, log_sum, float("inf"))[:, None])
+    else:
+        # Of every eight columns the matrix units leave two with each of four threads: all of one bin or of none.
+        products = tl.reshape(products, (ROWS, BINS, TILE // BINS // 8, 8))
+        offset = tl.where(keep[:, :, None], log_sum[:, None, None], float("inf"))
+        offset = tl.broadcast_to(offset, (ROWS, BINS, 8))
+        weights = tl.reshape(tl.exp2(products * scale - offset[:, :, None, :]), (ROWS, TILE))
+    return weights

@@ -14,21 +14,25 @@ from torch import Tensor
 from .masks import BinMask
 from .triton_common import aligned_level, item_span, next_power_of_2, row_span
 from .triton_wide_lists import (
+    LEAST_LEVEL,
+    MOST_STRIDE,
     TILE,
     TILE_LEVEL,
     WIDE_TILE,
     WIDE_TILE_BYTES,
     WideLists,
+    kept_bins,
+    keys_of_tile,
+    load_rows,
     load_tile,
     rows_per_block,
-    tile_start,
+    tile_starts,
     visit_tile,
+    weights_of_bins,
 )
 
 LOG2E = 1.4426950408889634
-LEAST_LEVEL = 3  # log2 of the keys of the smallest bins that tiles of 64 take without a mask per score
 WIDEST_TILE = 64  # keys at a time of bins that are as wide, where bins of fewer take WIDE_TILE
-MOST_STRIDE = 1 << 25  # between rows of keys or values, such that offsets within a tile fit into 32 bits
 
 
 def attend_in_bins(
@@ -264,69 +268,44 @@ def _take_whole_bins(
     if BIN < TILE:
         width = width * 0 + LEVEL
     unit = tl.maximum(width, 5)
-    o_tile, o_bin = tl.arange(0, TILE), tl.arange(0, BINS)
-    left, right = _tile_starts(LIST, 0, steps, unit, ENTRY, HALVES)
-    next_left, next_right = _tile_starts(LIST, 1, steps, unit, ENTRY, HALVES)
+    left, right = tile_starts(LIST, 0, steps, unit, ENTRY, HALVES)
+    next_left, next_right = tile_starts(LIST, 1, steps, unit, ENTRY, HALVES)
     left_word = tl.load(p_words + (left >> width >> 5), mask=seeing, other=0)
     right_word = tl.load(p_words + (right >> width >> 5), mask=seeing, other=0)
     for step in range(0, steps):
-        # Which half a score belongs to is known when the kernel is compiled, for every register that holds one.
-        o_key = tl.where(o_tile < ENTRY, left, right - ENTRY * (HALVES - 1)) + o_tile
-        left_bits, right_bits = left_word >> ((left >> width) & 31), right_word >> ((right >> width) & 31)
-        bits = tl.where((o_bin < BINS // HALVES)[None, :], left_bits[:, None], right_bits[:, None])
-        keep = ((bits >> (o_bin % (BINS // HALVES))[None, :]) & 1) != 0  # [ROWS, BINS]
+        o_key = keys_of_tile(left, right, ENTRY, HALVES)
+        keep = kept_bins(left, right, left_word, right_word, width, BINS, HALVES)
         # What a step needs comes one step early, and the bins of its words two, so that no step waits for them.
         left_word = tl.load(p_words + (next_left >> width >> 5), mask=seeing, other=0)
         right_word = tl.load(p_words + (next_right >> width >> 5), mask=seeing, other=0)
-        left, right = _tile_starts(LIST, step + 1, steps, unit, ENTRY, HALVES)
-        next_left, next_right = _tile_starts(LIST, step + 2, steps, unit, ENTRY, HALVES)
-        b_k = _load_rows(K, o_key, k_row, HEAD_DIM, HEAD_PADDED)
-        b_v = _load_rows(V, o_key, v_row, VALUE_DIM, VALUE_PADDED)
+        left, right = tile_starts(LIST, step + 1, steps, unit, ENTRY, HALVES)
+        next_left, next_right = tile_starts(LIST, step + 2, steps, unit, ENTRY, HALVES)
+        b_k = load_rows(K, o_key, k_row, HEAD_DIM, HEAD_PADDED)
+        b_v = load_rows(V, o_key, v_row, VALUE_DIM, VALUE_PADDED)
         products = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        if BINS == 1:
-            greatest, keep = tl.max(products, 1), tl.max(keep.to(tl.int32), 1) != 0
-            new_highest = tl.where(keep, tl.maximum(highest, greatest * scale), highest)
-            weights = tl.exp2(products * scale - tl.where(keep, new_highest, float("inf"))[:, None])
-        else:
-            new_highest, weights = _weights_of_bins(products, keep, highest, scale)
+        new_highest = _highest_of_bins(products, keep, highest, scale)
+        weights = weights_of_bins(products, keep, new_highest, scale)
         total, acc = _add_values(weights, b_v, tl.exp2(highest - new_highest), total, acc, PRECISION)
         highest = new_highest
     return highest, total, acc
 
 
 @triton.jit
-def _weights_of_bins(products, keep, highest, scale):
-    """New maxima [ROWS] and weights [ROWS, TILE] of a tile of bins, if ``keep [ROWS, BINS]`` says who keeps which."""
+def _highest_of_bins(products, keep, highest, scale):
+    """New maxima [ROWS] after a tile of bins, if ``keep [ROWS, BINS]`` says who keeps which."""
     ROWS: tl.constexpr = products.shape[0]
     TILE: tl.constexpr = products.shape[1]
     BINS: tl.constexpr = keep.shape[1]
-    # Of every eight columns the matrix units leave two with each of four threads, which reduce their own first.
-    products = tl.reshape(products, (ROWS, BINS, TILE // BINS // 8, 8))
-    greatest = tl.where(keep[:, :, None], tl.max(products, 2), float("-inf"))
-    greatest = tl.max(tl.max(greatest, 1), 1)
-    new_highest = tl.where(greatest > float("-inf"), tl.maximum(highest, greatest * scale), highest)
-    offset = tl.where(keep[:, :, None], new_highest[:, None, None], float("inf"))
-    offset = tl.broadcast_to(offset, (ROWS, BINS, 8))
-    weights = tl.exp2(products * scale - offset[:, :, None, :])
-    return new_highest, tl.reshape(weights, (ROWS, TILE))
-
-
-@triton.jit
-def _tile_starts(ENTRIES, step, steps, unit, ENTRY: tl.constexpr, HALVES: tl.constexpr):
-    """First keys of the first and of the last entry of a tile, which has ``HALVES`` of them."""
-    left = tile_start(ENTRIES, step * HALVES, steps * HALVES, unit, ENTRY)
-    return left, tile_start(ENTRIES, step * HALVES + HALVES - 1, steps * HALVES, unit, ENTRY)
-
-
-@triton.jit
-def _load_rows(BASE, o_key, stride, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of a matrix, in one or two parts that follow one another. [TILE, PADDED]"""
-    o_tile, o_dim = tl.arange(0, o_key.shape[0]), tl.arange(0, PADDED)
-    # One product for a part: the others are the same for every tile. What a thread loads lies 16 rows apart, so that it
-    # keeps one offset of its own.
-    pointer = BASE + (o_key - o_tile).to(tl.int64)[:, None] * stride + (o_tile // 16 * 16)[:, None] * stride
-    pointer += (o_tile % 16).to(tl.int64)[:, None] * stride + o_dim[None, :]
-    return tl.load(pointer) if DIM == PADDED else tl.load(pointer, mask=(o_dim < DIM)[None, :], other=0.0)
+    if BINS == 1:
+        greatest, keep = tl.max(products, 1), tl.max(keep.to(tl.int32), 1) != 0
+        highest = tl.where(keep, tl.maximum(highest, greatest * scale), highest)
+    else:
+        # Of every eight columns the matrix units leave two with each of four threads, which reduce their own first.
+        products = tl.reshape(products, (ROWS, BINS, TILE // BINS // 8, 8))
+        greatest = tl.where(keep[:, :, None], tl.max(products, 2), float("-inf"))
+        greatest = tl.max(tl.max(greatest, 1), 1)
+        highest = tl.where(greatest > float("-inf"), tl.maximum(highest, greatest * scale), highest)
+    return highest
 
 
 @triton.jit
