@@ -73,30 +73,10 @@ class WideLists:
         self.levels = count_levels(num_keys, mask.num_bins)
         self.capacity = 2 * mask.num_bins + SPREAD
 
-    def chunks(self, begin: int = 0, end: int | None = None) -> list[tuple[int, int]]:
-        """(first block, number of blocks) of every launch for the blocks ``[begin, end)``, without them for all."""
-        end = self.blocks if end is None else end
+    def chunks(self) -> list[tuple[int, int]]:
+        """(first block, number of blocks) of every launch."""
         per_launch = max(1, LIST_BYTES // (4 * self.capacity * self.batch * self.heads))
-        return [(first, min(per_launch, end - first)) for first in range(begin, end, per_launch)]
-
-    def first_wide_block(self, keys: int) -> int:
-        """First block from which on all bins are known to have at least ``keys`` keys, a power of two.
-
-        It is the number of blocks if there is none.
-        """
-        narrow = self.num_bins * (keys // 2)  # keys of the longest row with smaller bins
-        if self.spans is not None or self.num_keys <= narrow:
-            return self.blocks
-        return cdiv(max(0, narrow - (self.num_keys - self.num_queries)), self.rows) if self.causal else 0
-
-    def launches(self, row_bytes: int) -> list[tuple[tuple[int, int], int]]:
-        """Chunks of all blocks, and the keys of whole bins that they take at a time.
-
-        ``row_bytes`` are those of the wider of keys and values.
-        """
-        wide = self.first_wide_block(WIDE_TILE) if row_bytes <= WIDE_TILE_BYTES else self.blocks
-        narrow = [(chunk, TILE) for chunk in self.chunks(0, wide)]
-        return narrow + [(chunk, WIDE_TILE) for chunk in self.chunks(wide)]
+        return [(first, min(per_launch, self.blocks - first)) for first in range(0, self.blocks, per_launch)]
 
     def build(self, first_block: int, num_blocks: int) -> Entries:
         """The lists of some blocks."""
@@ -218,7 +198,7 @@ def kept_of_tile(p_words, o_key, level, m_row, length):
 
 
 @triton.jit
-def tile_start(ENTRIES, step, steps, unit, TILE: tl.constexpr):
+def _tile_start(ENTRIES, step, steps, unit, TILE: tl.constexpr):
     """First key of a tile, of the last one if the step is past the end, some key of the first bin if there is none.
 
     unit: log2 of an entry's keys.
@@ -231,8 +211,8 @@ def tile_start(ENTRIES, step, steps, unit, TILE: tl.constexpr):
 @triton.jit
 def tile_starts(ENTRIES, step, steps, unit, ENTRY: tl.constexpr, HALVES: tl.constexpr):
     """First keys of the first and of the last entry of a tile, which has ``HALVES`` of them."""
-    left = tile_start(ENTRIES, step * HALVES, steps * HALVES, unit, ENTRY)
-    return left, tile_start(ENTRIES, step * HALVES + HALVES - 1, steps * HALVES, unit, ENTRY)
+    left = _tile_start(ENTRIES, step * HALVES, steps * HALVES, unit, ENTRY)
+    return left, _tile_start(ENTRIES, step * HALVES + HALVES - 1, steps * HALVES, unit, ENTRY)
 
 
 @triton.jit

@@ -11,7 +11,23 @@ from torch import Tensor
 
 from .masks import BinMask
 from .triton_common import aligned_level, item_span, next_power_of_2, row_span
-from .triton_wide_lists import TILE, WideLists, backward_rows, load_tile, tile_start, visit_tile
+from .triton_wide_lists import (
+    LEAST_LEVEL,
+    MOST_STRIDE,
+    TILE,
+    TILE_LEVEL,
+    WIDE_TILE,
+    WIDE_TILE_BYTES,
+    WideLists,
+    backward_rows,
+    kept_bins,
+    keys_of_tile,
+    load_rows,
+    load_tile,
+    tile_starts,
+    visit_tile,
+    weights_of_bins,
+)
 
 LOG2E = 1.4426950408889634
 
@@ -58,8 +74,10 @@ def differentiate_queries_in_bins(
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
     row_bytes = max(head_dim, value_dim) * query.itemsize
-    lists = WideLists(mask, key.shape[2], causal, spans, backward_rows(query, value))
-    for chunk, whole_tile in lists.launches(row_bytes):
+    tile, least = (WIDE_TILE, LEAST_LEVEL) if row_bytes <= WIDE_TILE_BYTES else (TILE, TILE_LEVEL)
+    lists = WideLists(mask, key.shape[2], causal, spans, backward_rows(query, value), whole_level=least)
+    key, value = (x if x.stride(2) <= MOST_STRIDE else x.contiguous() for x in (key, value))
+    for chunk in lists.chunks():
         entries = lists.build(*chunk)
         _query_kernel[(chunk[1], batch * heads)](
             query,
@@ -95,7 +113,9 @@ def differentiate_queries_in_bins(
             HEAD_PADDED=max(16, next_power_of_2(head_dim)),
             VALUE_PADDED=max(16, next_power_of_2(value_dim)),
             TILE=TILE,
-            WHOLE_TILE=whole_tile,
+            WHOLE_TILE=tile,
+            LEAST_LEVEL=least,
+            LEVELS=min(lists.levels, tile.bit_length()),
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **lists.flags(),
             **_launch_config(query.dtype, row_bytes),
@@ -160,12 +180,15 @@ def _query_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     WHOLE_TILE: tl.constexpr,
+    LEAST_LEVEL: tl.constexpr,
+    LEVELS: tl.constexpr,
     REST_STAGES: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    block, item_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys come first
+    item_head = tl.program_id(1).to(tl.int64)
     item, head = item_head // heads, item_head % heads
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
     rows = (first_block + block) * ROWS + tl.arange(0, ROWS)
@@ -202,28 +225,22 @@ def _query_kernel(
     count, whole = tl.load(META + place * 3), tl.load(META + place * 3 + 2)
     p_words = BITS + row * (NUM_BINS // 32)
 
-    # Tiles of one bin that all rows see whole, as in the forward pass: a row keeps all of their keys or none.
-    steps = (whole << unit) // WHOLE_TILE
-    start = tile_start(ENTRIES, 0, steps, unit, WHOLE_TILE)
-    next_bin = tile_start(ENTRIES, 1, steps, unit, WHOLE_TILE) >> unit
-    word = tl.load(p_words + (start >> unit >> 5), mask=seeing, other=0)
-    for step in range(0, steps):
-        keep = ((word >> ((start >> unit) & 31)) & 1) != 0
-        word = tl.load(p_words + (next_bin >> 5), mask=seeing, other=0)
-        next_bin = tile_start(ENTRIES, step + 2, steps, unit, WHOLE_TILE) >> unit
-        o_key = start + tl.arange(0, WHOLE_TILE)
-        start = tile_start(ENTRIES, step + 1, steps, unit, WHOLE_TILE)
-        b_k = load_tile(K, o_key, None, k_row, HEAD_DIM, HEAD_PADDED)
-        b_v = load_tile(V, o_key, None, v_row, VALUE_DIM, VALUE_PADDED)
-        products = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-        weights = tl.exp2(products * scale - tl.where(keep, log_sum, float("inf"))[:, None])
-        grad_weights = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        acc = _add_keys(weights, grad_weights, b_k, factor, delta, acc, PRECISION)
-        if GRAD_SCALE is not None:
-            mean += tl.sum(weights * grad_weights, 1)
+    # Tiles that all rows see whole, as in the forward pass: each width of bins has a loop of its own. One that is alone
+    # has no condition: within one the compiler makes products of wide rows wait for each other.
+    taken = whole * 0  # keys along the list
+    width = tl.load(ENTRIES, mask=whole > 0, other=0) & 31  # log2 of the bins' keys
+    for own in tl.static_range(LEAST_LEVEL, LEVELS):
+        if LEVELS == LEAST_LEVEL + 1 or (width == own) | ((width > own) & (own == LEVELS - 1)):
+            steps = (whole << unit) // WHOLE_TILE
+            taken = steps * WHOLE_TILE
+            acc, mean = _take_whole_bins(
+                b_q, b_do, K, V, k_row, v_row, scale, ENTRIES, p_words, seeing, steps, width,
+                log_sum, factor, delta, acc, mean,
+                own, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, WHOLE_TILE, GRAD_SCALE is not None, PRECISION,
+            )  # fmt: skip
 
     tiles = unit - 5  # log2 of an entry's
-    for step in tl.range(whole << tiles, count << tiles, num_stages=REST_STAGES):
+    for step in tl.range(taken // TILE, count << tiles, num_stages=REST_STAGES):
         o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
         b_k = load_tile(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)
         b_v = load_tile(V, o_key, o_key < real, v_row, VALUE_DIM, VALUE_PADDED)
@@ -238,6 +255,69 @@ def _query_kernel(
     tl.store(p_grad, (acc * scaling).to(GRAD_Q.dtype.element_ty), mask=m_row[:, None] & m_dim)
     if GRAD_SCALE is not None:
         tl.store(GRAD_SCALE + row, mean.to(GRAD_SCALE.dtype.element_ty), mask=m_row)
+
+
+@triton.jit
+def _take_whole_bins(
+    b_q,
+    b_do,
+    K,
+    V,
+    k_row,
+    v_row,
+    scale,
+    LIST,
+    p_words,
+    seeing,
+    steps,
+    width,
+    log_sum,
+    factor,
+    delta,
+    acc,
+    mean,
+    LEVEL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    VALUE_PADDED: tl.constexpr,
+    TILE: tl.constexpr,
+    HAS_MEAN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sums over tiles of one or two entries, of whose bins a row keeps all keys or none: the forward pass has the same.
+
+    steps: tiles, from the first entry on.
+    width: log2 of the bins' keys, LEVEL or, if that fills a tile, more.
+    """
+    ENTRY: tl.constexpr = min(TILE, max(32, 1 << LEVEL))
+    HALVES: tl.constexpr = TILE // ENTRY  # entries of a tile: left and right, which are the same if there is one
+    BIN: tl.constexpr = min(TILE, 1 << LEVEL)
+    BINS: tl.constexpr = TILE // BIN
+    if BIN < TILE:
+        width = width * 0 + LEVEL
+    unit = tl.maximum(width, 5)
+    left, right = tile_starts(LIST, 0, steps, unit, ENTRY, HALVES)
+    next_left, next_right = tile_starts(LIST, 1, steps, unit, ENTRY, HALVES)
+    left_word = tl.load(p_words + (left >> width >> 5), mask=seeing, other=0)
+    right_word = tl.load(p_words + (right >> width >> 5), mask=seeing, other=0)
+    for step in range(0, steps):
+        o_key = keys_of_tile(left, right, ENTRY, HALVES)
+        keep = kept_bins(left, right, left_word, right_word, width, BINS, HALVES)
+        # What a step needs comes one step early, and the bins of its words two, so that no step waits for them.
+        left_word = tl.load(p_words + (next_left >> width >> 5), mask=seeing, other=0)
+        right_word = tl.load(p_words + (next_right >> width >> 5), mask=seeing, other=0)
+        left, right = tile_starts(LIST, step + 1, steps, unit, ENTRY, HALVES)
+        next_left, next_right = tile_starts(LIST, step + 2, steps, unit, ENTRY, HALVES)
+        b_k = load_rows(K, o_key, k_row, HEAD_DIM, HEAD_PADDED)
+        b_v = load_rows(V, o_key, v_row, VALUE_DIM, VALUE_PADDED)
+        products = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        weights = weights_of_bins(products, keep, log_sum, scale)
+        grad_weights = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        acc = _add_keys(weights, grad_weights, b_k, factor, delta, acc, PRECISION)
+        if HAS_MEAN:
+            mean += tl.sum(weights * grad_weights, 1)
+    return acc, mean
 
 
 @triton.jit

@@ -186,9 +186,11 @@ def test_far_field_joins_what_the_rows_have(random_qkv, launches, queries, keys)
     assert launches == [-(-queries // ROWS)]
 
 
-def assert_same_gradients(query, key, value, mask, *, causal, attention_mask=None, row_scale=None, tolerance=2e-6):
+def assert_same_gradients(
+    query, key, value, mask, *, causal, attention_mask=None, row_scale=None, scaling=0.35, tolerance=2e-6
+):
     """Every gradient's error against float64 is within ``tolerance`` of its size."""
-    place = {"causal": causal, "scaling": 0.35}
+    place = {"causal": causal, "scaling": scaling}
     place["attention_mask"] = None if attention_mask is None else attention_mask.to(DEVICE)
     tensors = [x.to(DEVICE) for x in (query, key, value, row_scale) if x is not None]
     weights = torch.randn(*query.shape[:3], value.shape[-1], generator=torch.Generator().manual_seed(2)).to(DEVICE)
@@ -206,12 +208,14 @@ def assert_same_gradients(query, key, value, mask, *, causal, attention_mask=Non
 @pytest.mark.parametrize(
     ("queries", "keys", "heads", "dtype", "tolerance"),
     [
-        (80, 700, 2, torch.float32, 2e-6),  # bins of 32 keys
+        (40, 200, 2, torch.float32, 2e-6),  # bins of 8 keys
+        (40, 480, 1, torch.float32, 2e-6),  # of 16
+        (80, 700, 2, torch.float32, 2e-6),  # of 32
         (200, 1180, 1, torch.float32, 2e-6),  # of 32 in the first rows, then of 64
         (70, 2120, 1, torch.float16, 2e-3),  # of 128
     ],
 )
-def test_gradients_behind_a_cache(random_qkv, monkeypatch, queries, keys, heads, dtype, tolerance):
+def test_gradients_behind_a_cache(random_qkv, launches, monkeypatch, queries, keys, heads, dtype, tolerance):
     monkeypatch.setattr("sea_kernels.triton_inverse.PART_ROWS", 64)  # a part may begin and end in lists of any kind
     monkeypatch.setattr("sea_kernels.triton_inverse.PART_MEANS", 1)
     sizes = {"batch": 1, "heads": heads, "groups": 1, "width": 8, "value_width": 6}
@@ -219,8 +223,20 @@ def test_gradients_behind_a_cache(random_qkv, monkeypatch, queries, keys, heads,
     scale = torch.rand(query.shape[:3], generator=torch.Generator().manual_seed(3)).to(dtype)
     mask = random_bins(query.shape[:3], share=0.1)
     assert_same_gradients(query, key, value, mask, causal=True, row_scale=scale, tolerance=tolerance)
-    tiles = triton_wide_lists.WideLists(mask, keys, True, None, ROWS).launches(row_bytes=8 * dtype.itemsize)
-    assert {tile for _, tile in tiles} == {700: {32}, 1180: {32, 64}, 2120: {64}}[keys]
+    assert launches == [-(-queries // ROWS)] * 3  # forward, gradient of the queries, of the keys
+
+
+def test_gradients_with_negative_scores_in_several_launches(random_qkv, launches, monkeypatch):
+    capacity = 2 * 32 + triton_wide_lists.SPREAD
+    monkeypatch.setattr(triton_wide_lists, "LIST_BYTES", 4 * capacity * 2)  # blocks by twos
+    query, key, value = (x.half() for x in random_qkv(batch=1, heads=1, groups=1, queries=140, keys=330, width=8))
+    assert_same_gradients(query, key, value, random_bins(query.shape[:3]), causal=True, scaling=-0.35, tolerance=2e-3)
+    assert launches == [2, 1] * 3
+
+
+def test_gradients_of_rows_that_take_32_keys_at_a_time(random_qkv):
+    query, key, value = (x.half() for x in random_qkv(batch=1, heads=1, groups=1, queries=30, keys=560, width=96))
+    assert_same_gradients(query, key, value, random_bins(query.shape[:3]), causal=True, tolerance=3e-3)
 
 
 @pytest.mark.parametrize(("causal", "queries"), [(True, 70), (False, 550)])
