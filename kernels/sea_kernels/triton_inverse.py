@@ -24,7 +24,8 @@ CHUNK_ROWS = 256  # rows in a chunk, at least
 KINDS = 3  # of lists that a unit has of wide ones
 ENTRIES_AT_ONCE = 128
 PART_ROWS = 1024  # rows in a part of a tile, at least
-PART_MEANS = 8  # and at least this many times what a tile has on average
+PART_MEANS = 8  # times what a tile has on average: a part of this size is always large enough
+PART_SIZES = 4  # to choose from, up to that one
 
 
 class InverseLists:
@@ -269,7 +270,8 @@ def cut_tiles(inverse: InverseLists, num_keys: int, tile_keys: int, heads: int, 
     """Parts of the tiles of ``tile_keys`` keys, each of which takes ``members`` neighbouring heads together.
 
     Attention sinks are kept by nearly every row, most other keys by few: a program that takes all rows of a tile would
-    be the last to finish. A part is so large that there are few extra ones: at most ``tiles / PART_MEANS``.
+    be the last to finish. Parts are the smallest, of ``PART_SIZES`` sizes, of which there are few extra ones: at most
+    ``tiles / PART_MEANS``.
 
     Args:
         inverse: the lists.
@@ -298,7 +300,8 @@ def cut_tiles(inverse: InverseLists, num_keys: int, tile_keys: int, heads: int, 
     ends = torch.empty(tiles + 1, dtype=torch.int32, device=device)
     extra = torch.empty(tiles // PART_MEANS, dtype=torch.int64, device=device)
     least = max(1, PART_ROWS // inverse.rows_each)
-    _cut_kernel[(1,)](rows, size, ends, extra, tiles, len(extra), least, MEANS=PART_MEANS, TILES=1024, num_warps=4)
+    sizes = {"MEANS": PART_MEANS, "SIZES": PART_SIZES, "TILES": 2048}
+    _cut_kernel[(1,)](rows, size, ends, extra, tiles, len(extra), least, **sizes, num_warps=16)
     return TileParts(size, ends, extra)
 
 
@@ -326,14 +329,22 @@ def _tile_rows_kernel(
 
 
 @triton.jit(do_not_specialize=["tiles", "bound", "least"])
-def _cut_kernel(ROWS, SIZE, ENDS, EXTRA, tiles, bound, least, MEANS: tl.constexpr, TILES: tl.constexpr):
+def _cut_kernel(
+    ROWS, SIZE, ENDS, EXTRA, tiles, bound, least, MEANS: tl.constexpr, SIZES: tl.constexpr, TILES: tl.constexpr
+):
     """Size of a part, and the places of the extra ones. One program: it reads one number per tile."""
     o_tile = tl.arange(0, TILES)
     total = tl.zeros([TILES], tl.int64)
     for begin in range(0, tiles, TILES):
         total += tl.load(ROWS + begin + o_tile, mask=begin + o_tile < tiles, other=0)
-    size = tl.maximum(tl.sum(total, 0) * MEANS // tiles + 1, least)
-    tl.store(SIZE, size.to(tl.int32))
+    sizes = tl.sum(total, 0) * MEANS * (tl.arange(0, SIZES) + 1) // (tiles * SIZES) + 1
+    sizes = tl.maximum(sizes, least).to(tl.int32)
+    extras = tl.zeros([SIZES], tl.int32)
+    for begin in range(0, tiles, TILES):
+        rows = tl.load(ROWS + begin + o_tile, mask=begin + o_tile < tiles, other=1)
+        extras += tl.sum((tl.maximum(rows, 1) - 1)[:, None] // sizes[None, :], 0)
+    size = tl.min(tl.where((extras <= bound) | (sizes == tl.max(sizes, 0)), sizes, 2147483647), 0)
+    tl.store(SIZE, size)
     tl.store(ENDS, 0)
     count = 0
     for begin in range(0, tiles, TILES):

@@ -210,10 +210,10 @@ def _key_kernel(
     low, high = size * 0, size
     if EXTRA:
         place = tl.load(PART_TILE + program).to(tl.int32)
-        exists = place < all_tiles
-        place = tl.where(exists, place, 0)
+        if place == all_tiles:  # there are fewer parts than programs
+            return
         low = (program - tl.load(PART_ENDS + place) + 1) * size
-        high = tl.where(exists, low + size, low)
+        high = low + size
     item_group, tile = (place // tiles).to(tl.int64), place % tiles
     item, group = item_group // groups, item_group % groups
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)

@@ -178,7 +178,9 @@ def test_parts_cover_the_rows_of_every_tile(monkeypatch, members):
     ends = torch.cat([offsets.flatten()[1:], inverse.offsets[-1:].cpu()])
     rows = (ends - offsets.flatten()).view(-1, members, per_head).sum(1).flatten()
     size, before = int(parts.size), parts.ends.cpu()
-    assert size > rows.float().mean()
+    sizes = [max(8, int(rows.sum()) * quarters // (4 * len(rows)) + 1) for quarters in range(1, 5)]
+    assert size == next(s for s in sizes if int(((rows + s - 1) // s - 1).sum()) <= len(parts.tile))
+    assert size < sizes[-1]
     assert torch.equal(before.diff(), (rows + size - 1) // size - 1)
     expected = torch.repeat_interleave(torch.arange(len(rows)), before.diff())
     assert len(expected) > 0
