@@ -34,7 +34,7 @@ class InverseLists:
     Within a head, unit u of level l has place ``(l - first_level) * units + u``; all lists lie one after another in
     the order of head and place, so that the lists of neighbouring units of a level are one range (``tile_range``). Of
     wide lists a unit has three, by kind: those of the entries that all rows of a block see whole are in the second if
-    their bins have less than 64 keys, else in the third.
+    their bins have less than 16 keys, else in the third.
 
     Args:
         lists: sizes and mask of the entry lists: of runs, or wide ones.
@@ -135,7 +135,7 @@ def _unit_of(entry, level, WIDE: tl.constexpr):
 def _list_of(unit, entry, whole, WIDE: tl.constexpr):
     """Index among all lists of the one for an entry of a unit."""
     if WIDE:
-        unit = unit * 3 + tl.where(whole, tl.where((entry & 31) < 6, 1, 2), 0)
+        unit = unit * 3 + tl.where(whole, tl.where((entry & 31) < 4, 1, 2), 0)
     return unit
 
 

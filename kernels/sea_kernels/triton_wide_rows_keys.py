@@ -248,7 +248,7 @@ def _key_kernel(
             tl.load(p_list + tl.maximum(last, 2)),
             tl.load(p_list + tl.maximum(last, 3)),
         )
-        # 0: rows keep any keys, 1: of bins that they all see whole, 2: of one such bin, and so all of them or none.
+        # 0: rows keep any keys, 1: of bins that they all see whole, 2: of such bins of 16 keys or more.
         for kind in tl.static_range(3):
             begin, end = end, ends[kind].to(tl.int64)
             start, stop = begin + tl.maximum(low - seen, 0), tl.minimum(end, begin + (high - seen))
@@ -265,15 +265,17 @@ def _key_kernel(
                 if kind == 0:
                     m_row &= rows_of_level(before + rows + 1 if CAUSAL else real, bin_level, NUM_BINS)
                     first_key += tl.where(start + step < half, 0, 32)
-                if kind == 2:
-                    bin_level = unit
                 word = tl.load(p_words + rows * (NUM_BINS // 32) + (first_key >> bin_level >> 5), mask=m_row, other=0)
                 # The next block comes one step early, so that no row waits for its number.
                 element = tl.load(LISTED + start + tl.minimum(step + 1, count - 1))
                 products = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [TILE, ROWS]
                 if kind == 2:
-                    keep = ((word >> ((first_key >> unit) & 31)) & 1) != 0
-                    weights = tl.exp2(products * scale - tl.where(keep, log_sum, float("inf"))[None, :])
+                    # One choice for 16 keys, which are what a warp has of the products.
+                    o_part = first_key + tl.arange(0, TILE // 16) * 16
+                    keep = ((word[None, :] >> ((o_part >> bin_level) & 31)[:, None]) & 1) != 0  # [TILE / 16, ROWS]
+                    offset = tl.where(keep, log_sum[None, :], float("inf"))
+                    weights = tl.reshape(products, (TILE // 16, 16, ROWS)) * scale - offset[:, None, :]
+                    weights = tl.reshape(tl.exp2(weights), (TILE, ROWS))
                 else:
                     bit = 1 << ((o_key >> bin_level) & 31)
                     if kind == 0:

@@ -88,7 +88,7 @@ def listed_tiles(inverse, lists, length, level):
             seeing = length[rows] > 0
             whole = (level[rows][seeing] == bin_level).all() and length[rows][seeing].min() >= tiles.stop * 32
             whole = whole and (bin_level == unit_level or (unit_level == lists.least_level > 5))
-            assert kind == (0 if not whole else 1 if bin_level < 6 else 2)
+            assert kind == (0 if not whole else 1 if bin_level < 4 else 2)
             listed[head, block, bin_level, tiles] += 1
         place += 1
     assert place + 1 == len(offsets)
