@@ -169,6 +169,26 @@ def _list_kernel(
 
 
 @triton.jit
+def seen_by_all(ENTRIES, count, whole, unit, length):
+    """Keys along a block's list, from the first on, that all of its rows see.
+
+    Beside the whole entries these are the first keys of the next, the bin at the rows' own positions.
+    """
+    shortest = tl.min(tl.where(length > 0, length, 2147483647))
+    following = tl.load(ENTRIES + whole, mask=(whole > 0) & (whole < count), other=2147483647) & -32
+    seen = (whole << unit) + tl.minimum(tl.maximum(shortest - following, 0), 1 << unit)
+    return tl.where(whole > 0, seen, 0)
+
+
+@triton.jit
+def seen_by_any(ENTRIES, count, whole, unit, length):
+    """Keys along a block's list up to the last that any of its rows sees, if the list ascends: it has whole entries."""
+    last = tl.load(ENTRIES + count - 1, mask=whole > 0, other=0) & -32
+    seen = ((count - 1) << unit) + tl.minimum(tl.max(length) - last, 1 << unit)
+    return tl.where(whole > 0, seen, count << unit)
+
+
+@triton.jit
 def visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE: tl.constexpr):
     """Keys of a tile of a block's list [TILE], and which rows keep them [ROWS, TILE].
 

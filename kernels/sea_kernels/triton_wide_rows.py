@@ -26,6 +26,8 @@ from .triton_wide_lists import (
     load_rows,
     load_tile,
     rows_per_block,
+    seen_by_all,
+    seen_by_any,
     tile_starts,
     visit_tile,
     weights_of_bins,
@@ -196,11 +198,12 @@ def _walk_kernel(
     p_words = BITS + row * (NUM_BINS // 32)
 
     # Tiles that all rows see whole. Each width of bins has a loop of its own, all that fill a tile have the last one.
+    seen = seen_by_all(ENTRIES, count, whole, unit, length)
     taken = whole * 0  # keys along the list
     width = tl.load(ENTRIES, mask=whole > 0, other=0) & 31  # log2 of the bins' keys
     for own in tl.static_range(LEAST_LEVEL, LEVELS):
         if (width == own) | ((width > own) & (own == LEVELS - 1)):
-            steps = (whole << unit) // max(WHOLE_TILE, 1 << own)
+            steps = seen // max(WHOLE_TILE, 1 << own)
             taken = steps * max(WHOLE_TILE, 1 << own)
             highest, total, acc = _take_whole_bins(
                 b_q, K, V, k_row, v_row, scale, ENTRIES, p_words, seeing, steps, width, highest, total, acc,
@@ -208,7 +211,8 @@ def _walk_kernel(
             )  # fmt: skip
 
     tiles = unit - 5  # log2 of an entry's
-    for step in range(taken // TILE, count << tiles):
+    seen = seen_by_any(ENTRIES, count, whole, unit, length)
+    for step in range(taken // TILE, tl.cdiv(seen, TILE)):
         o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
         b_k = load_tile(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)
         b_v = load_tile(V, o_key, o_key < real, v_row, VALUE_DIM, VALUE_PADDED)

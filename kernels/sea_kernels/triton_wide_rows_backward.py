@@ -24,6 +24,8 @@ from .triton_wide_lists import (
     keys_of_tile,
     load_rows,
     load_tile,
+    seen_by_all,
+    seen_by_any,
     tile_starts,
     visit_tile,
     weights_of_bins,
@@ -227,11 +229,12 @@ def _query_kernel(
 
     # Tiles that all rows see whole, as in the forward pass: each width of bins has a loop of its own. One that is alone
     # has no condition: within one the compiler makes products of wide rows wait for each other.
+    seen = seen_by_all(ENTRIES, count, whole, unit, length)
     taken = whole * 0  # keys along the list
     width = tl.load(ENTRIES, mask=whole > 0, other=0) & 31  # log2 of the bins' keys
     for own in tl.static_range(LEAST_LEVEL, LEVELS):
         if LEVELS == LEAST_LEVEL + 1 or (width == own) | ((width > own) & (own == LEVELS - 1)):
-            steps = (whole << unit) // WHOLE_TILE
+            steps = seen // WHOLE_TILE
             taken = steps * WHOLE_TILE
             acc, mean = _take_whole_bins(
                 b_q, b_do, K, V, k_row, v_row, scale, ENTRIES, p_words, seeing, steps, width,
@@ -240,7 +243,8 @@ def _query_kernel(
             )  # fmt: skip
 
     tiles = unit - 5  # log2 of an entry's
-    for step in tl.range(taken // TILE, count << tiles, num_stages=REST_STAGES):
+    seen = seen_by_any(ENTRIES, count, whole, unit, length)
+    for step in tl.range(taken // TILE, tl.cdiv(seen, TILE), num_stages=REST_STAGES):
         o_key, keep = visit_tile(ENTRIES, p_words, step, tiles, length, level, TILE)
         b_k = load_tile(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)
         b_v = load_tile(V, o_key, o_key < real, v_row, VALUE_DIM, VALUE_PADDED)

@@ -186,6 +186,22 @@ def test_far_field_joins_what_the_rows_have(random_qkv, launches, queries, keys)
     assert launches == [-(-queries // ROWS)]
 
 
+def test_keys_behind_a_block_are_not_read(random_qkv):
+    """In bins of 128 keys, 64 rows see nothing of the second half of the bin that they begin."""
+    query, key, value = random_qkv(batch=1, heads=1, groups=1, queries=128, keys=2176, width=8)
+    query, key, value = (x.detach().float().to(DEVICE) for x in (query, key, value))
+    keep = torch.zeros(1, 1, 128, 32, dtype=torch.bool)
+    keep[..., [0, 16]] = True
+    mask = BinMask(pack_bits(keep).to(DEVICE), 32, "aligned")
+    value[:, :, 2112:] = float("nan")
+    query.requires_grad_()
+    output = sparse_attention(query, key, value, mask, causal=True, scaling=0.35, backend="triton")
+    assert output[:, :, :64].isfinite().all()
+    grad = torch.autograd.grad(output[:, :, :64].square().sum(), query)[0]
+    assert grad[:, :, :64].isfinite().all()
+    assert grad.any()
+
+
 def assert_same_gradients(
     query, key, value, mask, *, causal, attention_mask=None, row_scale=None, scaling=0.35, tolerance=2e-6
 ):
