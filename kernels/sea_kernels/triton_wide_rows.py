@@ -34,7 +34,6 @@ from .triton_wide_lists import (
 )
 
 LOG2E = 1.4426950408889634
-WIDEST_TILE = 64  # keys at a time of bins that are as wide, where bins of fewer take WIDE_TILE
 
 
 def attend_in_bins(
@@ -68,8 +67,7 @@ def attend_in_bins(
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
     rows, row_bytes = rows_per_block(query, value), max(head_dim, value_dim) * query.itemsize
-    wide = row_bytes <= WIDE_TILE_BYTES
-    tile, widest, least = (WIDE_TILE, WIDEST_TILE, LEAST_LEVEL) if wide else (TILE, TILE, TILE_LEVEL)
+    tile, least = (WIDE_TILE, LEAST_LEVEL) if row_bytes <= WIDE_TILE_BYTES else (TILE, TILE_LEVEL)
     lists = WideLists(mask, key.shape[2], causal, spans, rows, whole_level=least)
     key, value = (x if x.stride(2) <= MOST_STRIDE else x.contiguous() for x in (key, value))
     if scaling < 0:  # with a factor of at least 0 the greatest product of a row gives its greatest score
@@ -104,7 +102,7 @@ def attend_in_bins(
             TILE=TILE,
             WHOLE_TILE=tile,
             LEAST_LEVEL=least,
-            LEVELS=min(lists.levels, widest.bit_length()),
+            LEVELS=min(lists.levels, tile.bit_length()),
             CONTINUES=continues,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **lists.flags(),
@@ -203,11 +201,11 @@ def _walk_kernel(
     width = tl.load(ENTRIES, mask=whole > 0, other=0) & 31  # log2 of the bins' keys
     for own in tl.static_range(LEAST_LEVEL, LEVELS):
         if (width == own) | ((width > own) & (own == LEVELS - 1)):
-            steps = seen // max(WHOLE_TILE, 1 << own)
-            taken = steps * max(WHOLE_TILE, 1 << own)
+            steps = seen // WHOLE_TILE
+            taken = steps * WHOLE_TILE
             highest, total, acc = _take_whole_bins(
                 b_q, K, V, k_row, v_row, scale, ENTRIES, p_words, seeing, steps, width, highest, total, acc,
-                own, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, max(WHOLE_TILE, 1 << own), PRECISION,
+                own, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, WHOLE_TILE, PRECISION,
             )  # fmt: skip
 
     tiles = unit - 5  # log2 of an entry's

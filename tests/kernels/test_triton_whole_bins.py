@@ -150,13 +150,6 @@ def test_rows_without_64_keys_at_a_time(random_qkv, keys):
     assert_same(query, key, value, random_bins(query.shape[:3]), causal=True, tolerance=1e-3)
 
 
-@pytest.mark.parametrize("keys", [1200, 2200])
-def test_128_keys_at_a_time(random_qkv, monkeypatch, keys):
-    monkeypatch.setattr(triton_wide_rows, "WIDEST_TILE", 128)
-    query, key, value = (x.float() for x in random_qkv(batch=1, heads=1, groups=1, queries=40, keys=keys, width=8))
-    assert_same(query, key, value, random_bins(query.shape[:3]), causal=True)
-
-
 def test_rows_far_apart(random_qkv, monkeypatch):
     monkeypatch.setattr(triton_wide_rows, "MOST_STRIDE", 8)
     query, key, value = (x.float() for x in random_qkv(batch=1, heads=2, groups=2, queries=40, keys=480, width=8))
