@@ -68,6 +68,7 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 WARM_UP_STEPS, MEASURED_STEPS = 2, 3
+PLACE_IN_REPORT = ("model", "heads", "seq_len", "form", "gradient_checkpointing")  # of rows that belong together
 LARGEST_ERROR_RATIO = 2.0
 
 
@@ -325,14 +326,14 @@ def main(arguments: list[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", ".*does not have many workers")
     torch.manual_seed(0)
-    report = {**report_head(), "form": options.form, "gradient_checks": checked_gradients(options.form), "rows": []}
+    report = {**report_head(), "gradient_checks": checked_gradients(options.form), "rows": []}
     print(json.dumps(report), flush=True)
 
     def add(rows: Iterator[dict[str, Any]]) -> None:
         for row in rows:
-            print(json.dumps(row), flush=True)
-            report["rows"].append(row)
-            write_report(report, options.output, ("model", "heads", "seq_len"))
+            report["rows"].append(row | {"form": options.form})
+            print(json.dumps(report["rows"][-1]), flush=True)
+            write_report(report, options.output, PLACE_IN_REPORT)
 
     for heads in options.heads:
         attempt, methods = UntilMemoryEnds(), [*options.methods, *options.operations]

@@ -23,7 +23,8 @@ def calibrate_budgets(model: PreTrainedModel, batches: Iterable[Mapping[str, Ten
     The model runs with dense attention. Beside it, every SEA layer attends to the same queries, keys and values with k
     times each of ``SHARES``. From the squared errors of each head's context, relative to the size of the layer's
     context, shares are chosen that make their sum small while rows keep no more keys on average than with equal shares.
-    So heads that look at a few places keep fewer keys, heads with flat attention more; ``set_k`` scales all.
+    (Before a second look, its candidates: the keys of the first.) So heads that look at a few places keep fewer keys,
+    heads with flat attention more; ``set_k`` scales all.
 
     Args:
         model: a converted model that selects by pooled keys, as the default does; a far field is calibrated first.

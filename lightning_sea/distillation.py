@@ -167,18 +167,6 @@ def attention_losses(teacher: LayerRecord, student: LayerRecord) -> dict[str, Te
     return _means("attn", [attention_rows(teacher, student)], teacher.attention_mask)
 
 
-def state_loss(teacher: Tensor, student: Tensor, real: Tensor | None, *, relative: bool) -> Tensor:
-    """Mean squared error between two states ``[N, T, ...]`` over the real rows.
-
-    Args:
-        teacher: target, no gradient reaches it.
-        student: same shape.
-        real: bool ``[N, T]`` or None.
-        relative: divide by the mean square of the teacher's real rows, over the same rows of each item.
-    """
-    return ops.state_loss([teacher], [student], relative=relative, attention_mask=real)
-
-
 def logit_loss(teacher: Tensor, student: Tensor, real: Tensor | None = None) -> Tensor:
     """KL divergence of the student's distribution from the teacher's, or squared error where there is one output.
 
@@ -241,7 +229,7 @@ def mean_over_layers(layers: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 def hidden_loss(
     teacher: Sequence[Tensor], student: Sequence[Tensor], real: Tensor | None, config: DistillationConfig
 ) -> Tensor:
-    """L_hid: mean over layers of ``state_loss`` of the hidden states ``[N, T, C]``, embeddings included."""
+    """L_hid: ``sea_kernels.state_loss`` of the hidden states ``[N, T, C]`` of all layers, embeddings included."""
     return ops.state_loss(teacher, student, relative=config.relative, attention_mask=real)
 
 

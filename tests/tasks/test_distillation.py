@@ -17,10 +17,10 @@ from lightning_sea.distillation import (
     logit_loss,
     mean_over_layers,
     mean_over_rows,
-    state_loss,
     weighted_sum,
 )
 from lightning_sea.recorder import LayerRecord
+from sea_kernels import state_loss
 from sea_kernels.masks import BinMask
 
 GOLDEN = Path(__file__).parent.parent / "golden"
@@ -140,11 +140,11 @@ def test_means_by_hand():
 
 def test_state_loss_by_hand():
     teacher, student = torch.tensor([[[2.0, 0.0], [0.0, 2.0]]]), torch.tensor([[[1.0, 0.0], [0.0, 2.0]]])
-    assert state_loss(teacher, student, None, relative=False) == pytest.approx(1 / 4)
-    assert state_loss(teacher, student, None, relative=True) == pytest.approx(1 / 8)
+    assert state_loss([teacher], [student], attention_mask=None, relative=False) == pytest.approx(1 / 4)
+    assert state_loss([teacher], [student], attention_mask=None, relative=True) == pytest.approx(1 / 8)
     real = torch.tensor([[True, False]])
-    assert state_loss(teacher, student, real, relative=False) == pytest.approx(1 / 2)
-    assert state_loss(teacher, student, real, relative=True) == pytest.approx(1 / 4)
+    assert state_loss([teacher], [student], attention_mask=real, relative=False) == pytest.approx(1 / 2)
+    assert state_loss([teacher], [student], attention_mask=real, relative=True) == pytest.approx(1 / 4)
 
 
 def test_logit_loss_is_a_divergence_or_a_squared_error():

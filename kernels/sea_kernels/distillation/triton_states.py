@@ -15,7 +15,7 @@ from ..triton_common import cdiv, next_power_of_2, on_device, with_dense_rows
 
 TILE = 4096  # elements of a state that a program takes at a time
 MOST_COLUMNS = 256  # of them in a row
-NUMBERS = 3  # of a block of rows: squared error, square of the teacher, rows that are real
+NUMBERS = 3  # of a block of rows: squared error, square of the teacher, rows that are real; the kernels count on it
 
 
 def state_loss(
