@@ -3,7 +3,8 @@
 A block of up to 64 rows lists the bins that any of its rows keeps and walks their keys, which follow one another in
 memory, in tiles that all its rows share. A row takes the keys of its own bins, as its bits say. Compared with the lists
 of ``triton_entries.py``, which serve 16 rows, a tile is read by a quarter as many programs and fills wide matrix units;
-in return a row meets more keys that others keep.
+in return a row meets more keys that others keep. In the far field the same program begins with the pooled bins that its
+rows do not keep.
 """
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from .masks import BinMask
 from .triton_common import aligned_level, item_span, next_power_of_2, row_span
+from .triton_pooled_bins import take_pooled_bins
 from .triton_wide_lists import (
     LEAST_LEVEL,
     MOST_STRIDE,
@@ -48,9 +50,9 @@ def attend_in_bins(
     scaling: float,
     spans: Tensor | None,
     row_scale: Tensor | None = None,
-    continues: bool = False,
+    pooled: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> None:
-    """Write softmax attention of every row to the keys of its bins.
+    """Write softmax attention of every row to the keys of its bins, and 0 where it has none, in ``log_sums`` too.
 
     Args:
         query: ``[N, H, T, D]``; key: ``[N, G, S, D]``; value: ``[N, G, S, E]``, each with contiguous rows.
@@ -61,8 +63,8 @@ def attend_in_bins(
         scaling: factor of the scores.
         spans: int32 ``[N, 2]`` of ``triton_common.item_spans``, or None.
         row_scale: None, or a factor of every row's result, ``[N, H, T]``.
-        continues: ``output`` and ``log_sums`` hold the rows' attention to something else, which joins the softmax.
-            -1e30 in ``log_sums`` stands for nothing, and is what an empty row leaves; without this flag it leaves 0.
+        pooled: None, or keys, values and offsets of the far field's bins of all widths: a row's softmax then has those
+            of its own width that it does not keep beside its keys.
     """
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
@@ -82,6 +84,7 @@ def attend_in_bins(
             lists.bits,
             entries.packed,
             entries.meta,
+            *(pooled or (None, None, None)),
             spans,
             row_scale if row_scale is None else row_scale.contiguous(),
             log_sums,
@@ -95,15 +98,16 @@ def attend_in_bins(
             entries.first_block,
             lists.levels,
             scaling * LOG2E,
+            scaling,
             HEAD_DIM=head_dim,
             VALUE_DIM=value_dim,
             HEAD_PADDED=max(16, next_power_of_2(head_dim)),
             VALUE_PADDED=max(16, next_power_of_2(value_dim)),
             TILE=TILE,
             WHOLE_TILE=tile,
+            BIN_TILE=tile if lists.num_bins % tile == 0 else TILE,
             LEAST_LEVEL=least,
             LEVELS=min(lists.levels, tile.bit_length()),
-            CONTINUES=continues,
             PRECISION="ieee" if query.dtype == torch.float32 else "tf32",
             **lists.flags(),
             **_launch_config(query.dtype, row_bytes),
@@ -120,7 +124,7 @@ def _launch_config(dtype: torch.dtype, row_bytes: int) -> dict:
     return {"num_warps": 4, "num_stages": 3, "maxnreg": registers}
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels", "scale"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels", "scale", "scaling"])
 def _walk_kernel(
     Q,
     K,
@@ -129,6 +133,9 @@ def _walk_kernel(
     BITS,
     ENTRIES,
     META,
+    BIN_K,
+    BIN_V,
+    BIN_OFFSET,
     SPANS,
     ROW_SCALE,
     LOG_SUM,
@@ -148,6 +155,7 @@ def _walk_kernel(
     first_block,
     num_levels,
     scale,
+    scaling,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
@@ -157,11 +165,11 @@ def _walk_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     WHOLE_TILE: tl.constexpr,
+    BIN_TILE: tl.constexpr,
     LEAST_LEVEL: tl.constexpr,
     LEVELS: tl.constexpr,
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
-    CONTINUES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys come first
@@ -172,16 +180,16 @@ def _walk_kernel(
     _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
     level = aligned_level(length, num_levels, NUM_BINS)
     m_row, seeing = rows < num_queries, length > 0
-    m_value = (tl.arange(0, VALUE_PADDED) < VALUE_DIM)[None, :]
     row = item_head * num_queries + rows
     o_dim = tl.arange(0, HEAD_PADDED)
     p_q = Q + item * q_item + head * q_head + rows.to(tl.int64)[:, None] * q_row + o_dim[None, :]
     b_q = tl.load(p_q, mask=seeing[:, None] & (o_dim < HEAD_DIM)[None, :], other=0.0)  # [ROWS, HEAD]
-    p_out = OUT + row[:, None] * VALUE_DIM + tl.arange(0, VALUE_PADDED)[None, :]
-    if CONTINUES:
-        highest = tl.load(LOG_SUM + row, mask=m_row, other=-1e30)
-        total = tl.where(highest > -1e29, 1.0, 0.0)
-        acc = tl.load(p_out, mask=m_row[:, None] & m_value, other=0.0).to(tl.float32)
+    p_words = BITS + row * (NUM_BINS // 32)
+    if BIN_K is not None:
+        highest, total, acc = take_pooled_bins(
+            b_q, BIN_K, BIN_V, BIN_OFFSET, item_head, num_levels, scaling, p_words, seeing, length, level,
+            0, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, NUM_BINS, BIN_TILE, PRECISION,
+        )  # fmt: skip
     else:
         highest = tl.full([ROWS], -1e30, tl.float32)
         total = tl.zeros([ROWS], tl.float32)
@@ -193,7 +201,6 @@ def _walk_kernel(
     ENTRIES += place * CAPACITY
     unit = tl.load(META + place * 3 + 1)  # log2 of an entry's keys
     count, whole = tl.load(META + place * 3), tl.load(META + place * 3 + 2)
-    p_words = BITS + row * (NUM_BINS // 32)
 
     # Tiles that all rows see whole. Each width of bins has a loop of its own, all that fill a tile have the last one.
     seen = seen_by_all(ENTRIES, count, whole, unit, length)
@@ -224,14 +231,14 @@ def _walk_kernel(
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     if LOG_SUM is not None:
-        log_sum = highest + tl.log2(total)
-        if not CONTINUES:
-            log_sum = tl.where(empty, 0.0, log_sum)
-        tl.store(LOG_SUM + row, log_sum, mask=m_row)
+        tl.store(LOG_SUM + row, tl.where(empty, 0.0, highest + tl.log2(total)), mask=m_row)
     factor = 1.0 / total
     if ROW_SCALE is not None:
         factor *= tl.load(ROW_SCALE + row, mask=m_row, other=0.0).to(tl.float32)
-    tl.store(p_out, (acc * factor[:, None]).to(OUT.dtype.element_ty), mask=m_row[:, None] & m_value)
+    o_value = tl.arange(0, VALUE_PADDED)
+    m_out = m_row[:, None] & (o_value < VALUE_DIM)[None, :]
+    p_out = OUT + row[:, None] * VALUE_DIM + o_value[None, :]
+    tl.store(p_out, (acc * factor[:, None]).to(OUT.dtype.element_ty), m_out)
 
 
 @triton.jit

@@ -1,9 +1,10 @@
 """Triton form of the far field (forward).
 
 Pooled keys and values of all aligned bins and of the second look's runs are computed once per query head. A row's
-running softmax begins with the bins of its width that are not split (``triton_bins.py``). After one look, the keys of
-the bins that it keeps follow (``triton_wide_rows.py``). After two, a block of 16 rows walks the entries that its rows
-keep (see ``triton_entries.py``) and the runs inside their coarse bins that they do not.
+running softmax begins with the bins of its width that are not split (``triton_pooled_bins.py``). After one look, the
+same program goes on with the keys of the bins that it keeps (``triton_wide_rows.py``). After two, the bins have a pass
+of their own (``triton_bins.py``); then a block of 16 rows walks the entries that its rows keep (see
+``triton_entries.py``) and the runs inside their coarse bins that they do not.
 """
 
 import torch
@@ -44,12 +45,12 @@ def far_field_attention(
     log_sums = torch.empty(rows, dtype=torch.float32, device=query.device)
     with on_device(query):
         bins = walk.pooled_bins()
-        pools = [bins, *walk.pooled_runs()]
-        attend_to_bins(walk, pools[0], output, log_sums)
         if not walk.looks_twice:
-            place = {"causal": causal, "scaling": scaling, "spans": walk.spans, "continues": True}
+            place = {"causal": causal, "scaling": scaling, "spans": walk.spans, "pooled": bins}
             attend_in_bins(query, key, value, kept, output, log_sums, **place)
             return output, log_sums, bins
+        pools = [bins, *walk.pooled_runs()]
+        attend_to_bins(walk, bins, output, log_sums)
         for near, inside in walk.launches():
             _far_field_kernel[(near.meta.shape[1], walk.batch * walk.heads)](
                 query,
