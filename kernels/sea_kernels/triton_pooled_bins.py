@@ -61,10 +61,10 @@ def take_pooled_bins(
         tiles = (tl.max(own) + TILE - 1) // TILE
         for step in tl.range(0, tiles, num_stages=STAGES):
             bin_ = step * TILE + o_tile
-            b_k = _load_bins(p_k, bin_, HEAD_DIM, HEAD_PADDED)  # [TILE, HEAD]
-            b_v = _load_bins(p_v, bin_, VALUE_DIM, VALUE_PADDED)  # [TILE, VALUE]
+            b_k = load_bins(p_k, bin_, HEAD_DIM, HEAD_PADDED)  # [TILE, HEAD]
+            b_v = load_bins(p_v, bin_, VALUE_DIM, VALUE_PADDED)  # [TILE, VALUE]
             scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scaling + tl.load(p_offset + bin_)[None, :]
-            left, right = _left_out(left, step * TILE, own), _left_out(right, (step + 1) * TILE - 32, own)
+            left, right = left_out(left, step * TILE, own), left_out(right, (step + 1) * TILE - 32, own)
             far = tl.where((o_tile < 32)[None, :], left[:, None], right[:, None]) & (1 << (o_tile & 31))[None, :]
             # Words come a step early, so that no step waits for them.
             p_next = p_words + tl.minimum(step + 1, tiles - 1) * HALVES
@@ -80,7 +80,7 @@ def take_pooled_bins(
 
 
 @triton.jit
-def _load_bins(BASE, bin_, DIM: tl.constexpr, PADDED: tl.constexpr):
+def load_bins(BASE, bin_, DIM: tl.constexpr, PADDED: tl.constexpr):
     """Rows of a head's pooled keys or values. [TILE, PADDED]"""
     o_dim = tl.arange(0, PADDED)
     pointer = BASE + bin_[:, None] * DIM + o_dim[None, :]  # in 32 bits, which spill fewer registers than parts in 64
@@ -88,7 +88,7 @@ def _load_bins(BASE, bin_, DIM: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def _left_out(word, first, own):
+def left_out(word, first, own):
     """Bits of the bins from ``first`` on that are kept, or that are not among the ``own`` bins of a row. [ROWS]"""
     there = own - first
     return word | tl.where(there < 32, -1 << tl.minimum(tl.maximum(there, 0), 31), 0)

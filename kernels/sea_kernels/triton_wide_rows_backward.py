@@ -1,8 +1,11 @@
 """Gradient to the queries of many neighbouring rows at a time that attend to the aligned bins that they keep.
 
 A block of rows walks the list that it walked in the forward pass. With the row's log-sum every weight p is known at
-once: ``dq = scaling * sum p (grad_output . v - delta) k``. What rows have of something else joins the same sum.
+once: ``dq = scaling * sum p (grad_output . v - delta) k``. In the far field the sum begins with the bins that
+rows do not keep (``triton_pooled_bins_backward.py``).
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -11,6 +14,7 @@ from torch import Tensor
 
 from .masks import BinMask
 from .triton_common import aligned_level, item_span, next_power_of_2, row_span
+from .triton_pooled_bins_backward import add_pooled_bins
 from .triton_wide_lists import (
     LEAST_LEVEL,
     MOST_STRIDE,
@@ -36,6 +40,7 @@ LOG2E = 1.4426950408889634
 
 def differentiate_queries_in_bins(
     query: Tensor,
+    output: Tensor,
     grad_output: Tensor,
     log_sums: Tensor,
     delta: Tensor,
@@ -47,19 +52,18 @@ def differentiate_queries_in_bins(
     causal: bool,
     scaling: float,
     spans: Tensor | None,
-    output: Tensor | None = None,
     row_scale: Tensor | None = None,
     grad_scale: Tensor | None = None,
-    so_far: Tensor | None = None,
+    pooled: Sequence[Tensor | None] = (None, None, None),
 ) -> None:
-    """Fill ``grad_query``, and what else is asked for.
+    """Fill ``grad_query`` and ``delta``, and what else is asked for.
 
     Args:
         query: ``[N, H, T, D]``; its last dimension is contiguous, as those of grad_output, key and value are.
+        output: ``[N, H, T, E]``, contiguous.
         grad_output: ``[N, H, T, E]``.
         log_sums: float32 ``[N, H, T]``, contiguous, log2 of each row's sum of exponentials.
-        delta: float32 ``[N, H, T]``, contiguous, product of grad_output and output: read if there is ``so_far``, else
-            written.
+        delta: float32 ``[N, H, T]``, contiguous, product of grad_output and output.
         key: ``[N, G, S, D]``.
         value: ``[N, G, S, E]``.
         mask: aligned bins.
@@ -67,11 +71,10 @@ def differentiate_queries_in_bins(
         causal: whether a row sees only keys up to its own position.
         scaling: factor of the scores.
         spans: int32 ``[N, 2]`` of ``triton_common.item_spans``, or None.
-        output: ``[N, H, T, E]``, contiguous; needed without ``so_far``.
         row_scale: None, or float32 ``[N, H, T]``, contiguous, factor of every row's result.
         grad_scale: None, or ``[N, H, T]``, contiguous, for the gradient to ``row_scale``.
-        so_far: None, or float32 ``[N, H, T, D]``, contiguous: the sum over something else, without ``scaling``. Single
-            precision, since the two sums may nearly cancel: with all its weights a row's share of the keys' mean is 0.
+        pooled: keys, values and offsets of all pooled bins of every head, contiguous, if rows attend to the bins that
+            they do not keep as well. There is no ``row_scale`` then.
     """
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
@@ -88,7 +91,7 @@ def differentiate_queries_in_bins(
             output,
             grad_output,
             grad_query,
-            so_far,
+            *pooled,
             log_sums,
             delta,
             row_scale,
@@ -141,7 +144,9 @@ def _query_kernel(
     OUT,
     GRAD_OUT,
     GRAD_Q,
-    SO_FAR,
+    BIN_K,
+    BIN_V,
+    BIN_OFFSET,
     LOG_SUM,
     DELTA,
     ROW_SCALE,
@@ -205,15 +210,19 @@ def _query_kernel(
     p_do = GRAD_OUT + item * g_item + head * g_head + long_rows * g_row + o_value[None, :]
     b_do = tl.load(p_do, mask=seeing[:, None] & m_value, other=0.0)  # [ROWS, VALUE]
     log_sum = tl.load(LOG_SUM + row, mask=m_row, other=0.0)
-    if SO_FAR is not None:
-        delta = tl.load(DELTA + row, mask=seeing, other=0.0)
-        acc = tl.load(SO_FAR + row[:, None] * HEAD_DIM + o_dim[None, :], mask=m_row[:, None] & m_dim, other=0.0)
-    else:
-        p_out = OUT + row[:, None] * VALUE_DIM + o_value[None, :]
-        b_out = tl.load(p_out, mask=m_row[:, None] & m_value, other=0.0)
-        delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
-        tl.store(DELTA + row, delta, mask=m_row)
-        acc = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    p_out = OUT + row[:, None] * VALUE_DIM + o_value[None, :]
+    b_out = tl.load(p_out, mask=m_row[:, None] & m_value, other=0.0)
+    delta = tl.sum(b_do.to(tl.float32) * b_out.to(tl.float32), 1)
+    acc = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    p_words = BITS + row * (NUM_BINS // 32)
+    if BIN_K is not None:
+        bins = item_head * num_levels * NUM_BINS
+        acc = add_pooled_bins(
+            b_q, b_do, BIN_K + bins * HEAD_DIM, BIN_V + bins * VALUE_DIM, BIN_OFFSET + bins, p_words, seeing, length,
+            level, log_sum, delta, acc, scaling,
+            0, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, NUM_BINS, PRECISION,
+        )  # fmt: skip
+    tl.store(DELTA + row, delta, mask=m_row)  # after the bins, which spills fewer registers
     factor = tl.full([ROWS], 1.0, tl.float32)
     if ROW_SCALE is not None:
         factor = tl.load(ROW_SCALE + row, mask=m_row, other=0.0)
@@ -225,7 +234,6 @@ def _query_kernel(
     ENTRIES += place * CAPACITY
     unit = tl.load(META + place * 3 + 1)  # log2 of an entry's keys
     count, whole = tl.load(META + place * 3), tl.load(META + place * 3 + 2)
-    p_words = BITS + row * (NUM_BINS // 32)
 
     # Tiles that all rows see whole, as in the forward pass: each width of bins has a loop of its own. One that is alone
     # has no condition: within one the compiler makes products of wide rows wait for each other.

@@ -1,6 +1,6 @@
-"""Gradient of the far field to the query, as far as it comes from the bins that are pooled as a whole.
+"""Gradient of the far field to the query after two looks, as far as it comes from bins that are pooled as a whole.
 
-The walk of ``triton_bins.py`` once more. What the rows have of other things joins the sum later.
+What the rows have of other things joins the sum later. After one look the kernel that goes on begins with the bins.
 """
 
 import triton
@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import aligned_level, cdiv, item_span, row_span
+from ..triton_pooled_bins_backward import add_pooled_bins
 from .triton_pool import Pool
-from .triton_walk import LOG2E, TILE, Walk, add_gradient, load_columns
+from .triton_walk import Walk, load_columns
 
 
 def differentiate_at_bins(
@@ -45,16 +46,15 @@ def differentiate_at_bins(
         walk.num_queries,
         walk.num_keys,
         walk.levels,
-        walk.scaling * LOG2E,
+        walk.scaling,
         **walk.sizes(),
         ROWS=rows,
-        TILE=TILE,
         num_warps=4,
         num_stages=3,
     )
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_levels", "scale"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_levels", "scaling"])
 def _bins_gradient_kernel(
     Q,
     OUT,
@@ -77,7 +77,7 @@ def _bins_gradient_kernel(
     num_queries,
     num_keys,
     num_levels,
-    scale,
+    scaling,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
@@ -91,9 +91,7 @@ def _bins_gradient_kernel(
     HAS_PADDING: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
-    TILE: tl.constexpr,
 ):
-    LOG2E: tl.constexpr = 1.4426950408889634
     FIRST_LEVEL: tl.constexpr = WIDTH_LEVEL + 1 if LOOKS_TWICE else 0
     item_head = tl.program_id(1).to(tl.int64)
     item, head = item_head // heads, item_head % heads
@@ -101,8 +99,7 @@ def _bins_gradient_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
     level = aligned_level(length, num_levels, NUM_BINS)
-    used = (length + (1 << level) - 1) >> level  # bins that hold keys, 0 in padding rows
-    m_row, o_tile, o_dim = rows < num_queries, tl.arange(0, TILE), tl.arange(0, HEAD_PADDED)
+    m_row, o_dim = rows < num_queries, tl.arange(0, HEAD_PADDED)
     row = item_head * num_queries + rows
     b_q = load_columns(Q + item * q_item + head * q_head, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)
     b_do = load_columns(GRAD_OUT + item * g_item + head * g_head, rows, m_row, g_row, VALUE_DIM, VALUE_PADDED)
@@ -112,25 +109,11 @@ def _bins_gradient_kernel(
     log_sum = tl.load(LOG_SUM + row, mask=m_row, other=0.0)
     acc = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
 
-    # One loop takes the words of all widths of the block, as in the forward pass.
-    WORDS: tl.constexpr = NUM_BINS // TILE
-    low = tl.maximum(tl.min(tl.where(length > 0, level, 31)), FIRST_LEVEL)
-    high = tl.max(level)
-    most = tl.max(tl.where(level == high, used, 0))
-    BIN_K += (item_head * num_levels + low) * (NUM_BINS * HEAD_DIM)
-    BIN_V += (item_head * num_levels + low) * (NUM_BINS * VALUE_DIM)
-    BIN_OFFSET += (item_head * num_levels + low) * NUM_BINS
-    for step in range(0, (high - low) * WORDS + (most + TILE - 1) // TILE):
-        own = tl.where(level == low + step // WORDS, used, 0)
-        word = step % WORDS
-        kept = tl.load(BITS + row * WORDS + word, mask=own > 0, other=0)
-        bin_ = step * TILE + o_tile
-        b_k = load_columns(BIN_K, bin_, bin_ >= 0, HEAD_DIM, HEAD_DIM, HEAD_PADDED)  # [TILE, HEAD]
-        b_v = load_columns(BIN_V, bin_, bin_ >= 0, VALUE_DIM, VALUE_DIM, VALUE_PADDED)  # [TILE, VALUE]
-        offset = tl.load(BIN_OFFSET + bin_) * LOG2E
-        far = ((kept[:, None] >> o_tile[None, :]) & 1) == 0
-        far = far & (o_tile[None, :] < (own - word * TILE)[:, None])
-        acc = add_gradient(b_q, b_do, b_k, b_v, offset, far, log_sum, delta, acc, scale, PRECISION)
-
+    bins = item_head * num_levels * NUM_BINS
+    acc = add_pooled_bins(
+        b_q, b_do, BIN_K + bins * HEAD_DIM, BIN_V + bins * VALUE_DIM, BIN_OFFSET + bins,
+        BITS + row * (NUM_BINS // 32), length > 0, length, level, log_sum, delta, acc, scaling,
+        FIRST_LEVEL, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, NUM_BINS, PRECISION,
+    )  # fmt: skip
     p_far = SO_FAR + row[:, None] * HEAD_DIM + o_dim[None, :]
     tl.store(p_far, acc, mask=m_row[:, None] & (o_dim < HEAD_DIM)[None, :])

@@ -1,9 +1,11 @@
 """Gradient of the far field to the query, and what every backward kernel needs of a row: grad_output . output.
 
 With the row's log-sum every weight p is known at once, and a pooled run is a key like any other: ``dq = scaling * sum p
-(grad_output . v - delta) k``. The sum begins with the bins of a row's width that are not split
-(``triton_bins_grad.py``) and goes on as in the forward pass: after one look with the keys of the bins that rows keep
-(``triton_wide_rows_backward.py``), after two with a block of 16 rows that walks its lists.
+(grad_output . v - delta) k``. The sum begins with the bins of a row's width that are not split and goes on as in the
+forward pass: after one look with the keys of the bins that rows keep, in the same kernel
+(``triton_wide_rows_backward.py``), after two with a block of 16 rows that walks its lists. The bins then have a kernel
+of their own (``triton_bins_grad.py``). It leaves single precision, since the two sums may nearly cancel: with all its
+weights a row's share of the keys' mean is 0.
 """
 
 import torch
@@ -33,13 +35,13 @@ def query_gradient(
     """Gradient ``[N, H, T, D]`` in query's dtype, and float32 ``[N, H, T]``: delta, grad_output . output."""
     grad = torch.empty_like(walk.query, memory_format=torch.contiguous_format)
     delta = torch.empty_like(log_sums)
-    so_far = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
-    differentiate_at_bins(walk, pools[0], output, log_sums, grad_output, delta, so_far)
     if not walk.looks_twice:
-        rows, keys = (walk.query, grad_output, log_sums, delta), (walk.key, walk.value, walk.kept)
-        place = {"causal": walk.causal, "scaling": walk.scaling, "spans": walk.spans, "so_far": so_far}
+        rows, keys = (walk.query, output, grad_output, log_sums, delta), (walk.key, walk.value, walk.kept)
+        place = {"causal": walk.causal, "scaling": walk.scaling, "spans": walk.spans, "pooled": pools[0]}
         differentiate_queries_in_bins(*rows, *keys, grad, **place)
         return grad, delta
+    so_far = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)
+    differentiate_at_bins(walk, pools[0], output, log_sums, grad_output, delta, so_far)
     for near, inside in walk.launches():
         _query_gradient_kernel[(near.meta.shape[1], walk.batch * walk.heads)](
             walk.query,

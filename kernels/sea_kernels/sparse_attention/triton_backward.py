@@ -63,10 +63,10 @@ def sparse_attention_backward(
     members = query.shape[1] // key.shape[1]
     with on_device(query):
         if isinstance(mask, BinMask) and mask.layout == "aligned":
-            rows, keys = (query, grad_output, log_sum, delta), (key, value, mask)
+            rows, keys = (grad_output, log_sum, delta), (key, value, mask)
             place = {"causal": causal, "scaling": scaling, "spans": spans, "row_scale": row_scale}
-            differentiate_queries_in_bins(*rows, *keys, grad_query, **place, output=output, grad_scale=grad_scale)
-            differentiate_keys_in_bins(*rows, *keys, grad_key, grad_value, **place)
+            differentiate_queries_in_bins(query, output, *rows, *keys, grad_query, **place, grad_scale=grad_scale)
+            differentiate_keys_in_bins(query, *rows, *keys, grad_key, grad_value, **place)
             return grad_query, grad_key, grad_value, grad_scale
         for groups in _slices(mask, key.shape, members):
             heads = slice(groups.start * members, groups.stop * members)
