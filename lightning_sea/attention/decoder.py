@@ -114,9 +114,7 @@ class BidirectionalDecoder(nn.Module):
         image = F.relu(self.first(_channels_last(image, image.dtype) * real))
         image = F.relu(self.second(image * half))
         image = (image * half).repeat_interleave(2, dim=2)[:, :, : real.shape[2]]
-        scores = self.last(image * real)
-        scores = F.interpolate(scores.flatten(1, 2), scale_factor=2.0, mode="linear", align_corners=False)
-        return scores.unflatten(1, (self.num_heads, -1))
+        return twice_as_wide(self.last(image * real))
 
 
 def _channels_last(image: Tensor, dtype: torch.dtype) -> Tensor:
@@ -136,6 +134,17 @@ def _to_channels(scores: Tensor, factor: int) -> Tensor:
 def _from_channels(image: Tensor, factor: int) -> Tensor:
     """Inverse of ``_to_channels``."""
     return image.unflatten(1, (-1, factor)).permute(0, 1, 3, 4, 2).flatten(-2)
+
+
+def twice_as_wide(scores: Tensor) -> Tensor:
+    """``[..., W]`` to ``[..., 2W]`` by linear interpolation between the columns' centres.
+
+    ``F.interpolate`` gives the same, but on a GPU it shares out the columns alone and takes all rows one after another,
+    and its gradient changes from run to run.
+    """
+    left = torch.cat([scores[..., :1], scores[..., :-1]], -1)
+    right = torch.cat([scores[..., 1:], scores[..., -1:]], -1)
+    return torch.stack([torch.lerp(scores, left, 0.25), torch.lerp(scores, right, 0.25)], -1).flatten(-2)
 
 
 def _left_aligned(function: Callable, image: Tensor, real_rows: Tensor, start: Tensor) -> Tensor:

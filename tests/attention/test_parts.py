@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from lightning_sea.attention import SEAAttention, rows, sea
 from lightning_sea.attention.average import estimated_mean
-from lightning_sea.attention.decoder import BidirectionalDecoder, CausalDecoder
+from lightning_sea.attention.decoder import BidirectionalDecoder, CausalDecoder, twice_as_wide
 from lightning_sea.attention.encoder import Encoder
 from lightning_sea.attention.features import RandomFeatures, num_features, orthogonal_projection
 from lightning_sea.attention.gates import EncodedGates
@@ -161,6 +161,16 @@ def test_pooled_decoders_start_as_no_correction(kind):
     scores = decoder(torch.randn(1, 2, 9, 16), pooled, torch.ones(1, 9).bool(), torch.zeros(1).long())
     assert scores.shape == (1, 2, 9, 32)
     assert not scores.any()
+
+
+@pytest.mark.parametrize("width", [1, 2, 16])
+def test_columns_are_interpolated_as_by_torch(width):
+    scores = torch.randn(2, 3, 5, width, dtype=torch.float64, requires_grad=True)
+    wide = F.interpolate(scores.flatten(1, 2), scale_factor=2.0, mode="linear", align_corners=False)
+    wide, own = wide.unflatten(1, (3, 5)), twice_as_wide(scores)
+    torch.testing.assert_close(own, wide)
+    grad = torch.randn_like(wide)
+    torch.testing.assert_close(*(torch.autograd.grad(x, scores, grad)[0] for x in (own, wide)))
 
 
 @pytest.mark.parametrize("decoder", ["none", "conv"])
