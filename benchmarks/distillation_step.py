@@ -17,6 +17,7 @@ beside weights, gradients and optimiser). Time and memory are null where memory 
 """
 
 import argparse
+import itertools
 import json
 import logging
 import statistics
@@ -26,6 +27,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -259,17 +261,15 @@ def training_steps(module: CausalLMModule, method: str, seq_len: int) -> Numbers
 def model_rows(
     lengths: list[int], form: str, methods: list[str], *, gradient_checkpointing: bool = False
 ) -> Iterator[dict[str, Any]]:
-    """All rows of the model, one method after the other."""
+    """All rows of the model, those of one length one after another: they are compared, and the host may get busy."""
     attempt = UntilMemoryEnds()
     with tempfile.TemporaryDirectory() as directory:
         save_model(directory)
-        for method in methods:
-            module = training_module(directory, method, form, gradient_checkpointing=gradient_checkpointing)
+        for seq_len, method in itertools.product(lengths, methods):
+            make = partial(training_module, directory, method, form, gradient_checkpointing=gradient_checkpointing)
+            numbers = attempt(method, lambda make=make, name=method, n=seq_len: training_steps(make(), name, n))
             row = {"method": method, "model": "llama-125m", "heads": MODEL["num_attention_heads"]}
-            row["gradient_checkpointing"] = gradient_checkpointing
-            for seq_len in lengths:
-                numbers = attempt(method, lambda n=seq_len, m=module, name=method: training_steps(m, name, n))
-                yield {**row, "seq_len": seq_len, **numbers}
+            yield {**row, "gradient_checkpointing": gradient_checkpointing, "seq_len": seq_len, **numbers}
 
 
 # Report

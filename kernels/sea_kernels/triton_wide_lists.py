@@ -4,6 +4,8 @@ A block is up to 64 rows of one head. Its list has the bins that any of its rows
 keys each. Which of its rows keep an entry is not in the list: their bits say so.
 """
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -72,6 +74,7 @@ class WideLists:
         self.blocks = cdiv(self.num_queries, rows)
         self.levels = count_levels(num_keys, mask.num_bins)
         self.capacity = 2 * mask.num_bins + SPREAD
+        self.kept: list[Entries] = []  # by ``keep``
 
     def chunks(self) -> list[tuple[int, int]]:
         """(first block, number of blocks) of every launch."""
@@ -101,10 +104,52 @@ class WideLists:
         )
         return Entries(entries, meta, first_block)
 
+    def keep(self) -> "WideLists":
+        """The same object, with all lists built: 33 bytes per row of a head, with 256 bins and blocks of 64 rows."""
+        self.kept = [self.build(*chunk) for chunk in self.chunks()]
+        return self
+
+    def entries(self) -> Iterator[Entries]:
+        """All lists, of one launch at a time: those that are kept, or else built anew."""
+        yield from self.kept or (self.build(*chunk) for chunk in self.chunks())
+
     def flags(self) -> dict:
         """Constants of every kernel that has to do with the lists."""
         flags = {"NUM_BINS": self.num_bins, "CAPACITY": self.capacity, "ROWS": self.rows, "CAUSAL": self.causal}
         return flags | {"HAS_PADDING": self.spans is not None}
+
+
+def tile_and_least_level(row_bytes: int) -> tuple[int, int]:
+    """Keys at a time where all rows see them, and log2 of the keys of the smallest bins that are taken so.
+
+    Args:
+        row_bytes: of the wider of keys and values.
+    """
+    return (WIDE_TILE, LEAST_LEVEL) if row_bytes <= WIDE_TILE_BYTES else (TILE, TILE_LEVEL)
+
+
+def lists_of_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: BinMask,
+    *,
+    causal: bool,
+    spans: Tensor | None,
+    rows: int | None = None,
+) -> WideLists:
+    """The lists that the kernels walk which take ``rows`` rows at a time, by default those of the forward pass."""
+    _, least = tile_and_least_level(max(query.shape[-1], value.shape[-1]) * query.itemsize)
+    return WideLists(mask, key.shape[2], causal, spans, rows or rows_per_block(query, value), whole_level=least)
+
+
+def lists_of_both_passes(
+    query: Tensor, key: Tensor, value: Tensor, mask: BinMask, *, causal: bool, spans: Tensor | None
+) -> WideLists | None:
+    """The lists that both passes walk, to be kept from one to the other; None if their blocks differ."""
+    if rows_per_block(query, value) != backward_rows(query, value):
+        return None
+    return lists_of_blocks(query, key, value, mask, causal=causal, spans=spans).keep()
 
 
 @triton.jit

@@ -16,20 +16,17 @@ from .masks import BinMask
 from .triton_common import aligned_level, item_span, next_power_of_2, row_span
 from .triton_pooled_bins import take_pooled_bins
 from .triton_wide_lists import (
-    LEAST_LEVEL,
     MOST_STRIDE,
     TILE,
-    TILE_LEVEL,
-    WIDE_TILE,
-    WIDE_TILE_BYTES,
     WideLists,
     kept_bins,
     keys_of_tile,
+    lists_of_blocks,
     load_rows,
     load_tile,
-    rows_per_block,
     seen_by_all,
     seen_by_any,
+    tile_and_least_level,
     tile_starts,
     visit_tile,
     weights_of_bins,
@@ -51,6 +48,7 @@ def attend_in_bins(
     spans: Tensor | None,
     row_scale: Tensor | None = None,
     pooled: tuple[Tensor, Tensor, Tensor] | None = None,
+    lists: WideLists | None = None,
 ) -> None:
     """Write softmax attention of every row to the keys of its bins, and 0 where it has none, in ``log_sums`` too.
 
@@ -65,18 +63,19 @@ def attend_in_bins(
         row_scale: None, or a factor of every row's result, ``[N, H, T]``.
         pooled: None, or keys, values and offsets of the far field's bins of all widths: a row's softmax then has those
             of its own width that it does not keep beside its keys.
+        lists: of ``lists_of_blocks``, if the backward pass walks them too; None to build and drop them.
     """
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
-    rows, row_bytes = rows_per_block(query, value), max(head_dim, value_dim) * query.itemsize
-    tile, least = (WIDE_TILE, LEAST_LEVEL) if row_bytes <= WIDE_TILE_BYTES else (TILE, TILE_LEVEL)
-    lists = WideLists(mask, key.shape[2], causal, spans, rows, whole_level=least)
+    row_bytes = max(head_dim, value_dim) * query.itemsize
+    tile, least = tile_and_least_level(row_bytes)
+    if lists is None:
+        lists = lists_of_blocks(query, key, value, mask, causal=causal, spans=spans)
     key, value = (x if x.stride(2) <= MOST_STRIDE else x.contiguous() for x in (key, value))
     if scaling < 0:  # with a factor of at least 0 the greatest product of a row gives its greatest score
         query, scaling = -query, -scaling
-    for chunk in lists.chunks():
-        entries = lists.build(*chunk)
-        _walk_kernel[(chunk[1], batch * heads)](
+    for entries in lists.entries():
+        _walk_kernel[(entries.meta.shape[1], batch * heads)](
             query,
             key,
             value,

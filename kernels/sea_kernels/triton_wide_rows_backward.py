@@ -16,20 +16,18 @@ from .masks import BinMask
 from .triton_common import aligned_level, item_span, next_power_of_2, row_span
 from .triton_pooled_bins_backward import add_pooled_bins
 from .triton_wide_lists import (
-    LEAST_LEVEL,
     MOST_STRIDE,
     TILE,
-    TILE_LEVEL,
-    WIDE_TILE,
-    WIDE_TILE_BYTES,
     WideLists,
     backward_rows,
     kept_bins,
     keys_of_tile,
+    lists_of_blocks,
     load_rows,
     load_tile,
     seen_by_all,
     seen_by_any,
+    tile_and_least_level,
     tile_starts,
     visit_tile,
     weights_of_bins,
@@ -55,6 +53,7 @@ def differentiate_queries_in_bins(
     row_scale: Tensor | None = None,
     grad_scale: Tensor | None = None,
     pooled: Sequence[Tensor | None] = (None, None, None),
+    lists: WideLists | None = None,
 ) -> None:
     """Fill ``grad_query`` and ``delta``, and what else is asked for.
 
@@ -75,16 +74,18 @@ def differentiate_queries_in_bins(
         grad_scale: None, or ``[N, H, T]``, contiguous, for the gradient to ``row_scale``.
         pooled: keys, values and offsets of all pooled bins of every head, contiguous, if rows attend to the bins that
             they do not keep as well. There is no ``row_scale`` then.
+        lists: what the forward pass kept, if anything.
     """
     batch, heads, num_queries, head_dim = query.shape
     value_dim = value.shape[-1]
     row_bytes = max(head_dim, value_dim) * query.itemsize
-    tile, least = (WIDE_TILE, LEAST_LEVEL) if row_bytes <= WIDE_TILE_BYTES else (TILE, TILE_LEVEL)
-    lists = WideLists(mask, key.shape[2], causal, spans, backward_rows(query, value), whole_level=least)
+    tile, least = tile_and_least_level(row_bytes)
+    if lists is None:
+        rows = backward_rows(query, value)
+        lists = lists_of_blocks(query, key, value, mask, causal=causal, spans=spans, rows=rows)
     key, value = (x if x.stride(2) <= MOST_STRIDE else x.contiguous() for x in (key, value))
-    for chunk in lists.chunks():
-        entries = lists.build(*chunk)
-        _query_kernel[(chunk[1], batch * heads)](
+    for entries in lists.entries():
+        _query_kernel[(entries.meta.shape[1], batch * heads)](
             query,
             key,
             value,

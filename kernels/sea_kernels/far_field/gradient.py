@@ -46,7 +46,9 @@ class TritonFarField(torch.autograd.Function):
         scaling: float,
     ) -> Tensor:
         place = {"causal": causal, "scaling": scaling, "attention_mask": attention_mask}
-        output, log_sums, bins = triton.far_field_attention(query, key, value, kept, coarse, centre=centre, **place)
+        output, log_sums, bins, ctx.lists = triton.far_field_attention(
+            query, key, value, kept, coarse, centre=centre, for_backward=True, **place
+        )
         ctx.save_for_backward(query, key, value, centre, output, log_sums, *bins)
         ctx.masks, ctx.place = (kept, coarse), place
         return output
@@ -56,6 +58,6 @@ class TritonFarField(torch.autograd.Function):
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         *saved, key, value, offset = ctx.saved_tensors
         bins = Pool(key, value, offset)
-        grads = triton_backward.far_field_gradients(*saved, bins, grad_output, *ctx.masks, **ctx.place)
+        grads = triton_backward.far_field_gradients(*saved, bins, ctx.lists, grad_output, *ctx.masks, **ctx.place)
         grads = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad, strict=False))
         return (*grads, None, None, None, None, None)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..masks import BinMask, RunMask
 from ..triton_common import aligned_level, item_span, on_device, row_span, with_dense_rows
+from ..triton_wide_lists import WideLists, lists_of_both_passes
 from ..triton_wide_rows import attend_in_bins
 from .triton_bins import attend_to_bins
 from .triton_pool import Pool
@@ -31,12 +32,13 @@ def far_field_attention(
     causal: bool,
     scaling: float,
     attention_mask: Tensor | None,
-) -> tuple[Tensor, Tensor, Pool]:
+    for_backward: bool = False,
+) -> tuple[Tensor, Tensor, Pool, WideLists | None]:
     """See :func:`sea_kernels.far_field_attention`. No gradients; a run mask comes without a window before its run.
 
     Returns:
-        The result, and for the backward pass float32 ``[N, H, T]``, log2 of each row's sum of exponentials, and the
-        pooled bins.
+        The result, and for the backward pass float32 ``[N, H, T]``, log2 of each row's sum of exponentials, the pooled
+        bins, and, if ``for_backward`` asks for them, the lists that it walks as well, if there are any.
     """
     query, key, value = with_dense_rows(query), with_dense_rows(key), with_dense_rows(value)
     walk = Walk(query, key, value, kept, coarse, centre, causal, scaling, attention_mask)
@@ -46,9 +48,11 @@ def far_field_attention(
     with on_device(query):
         bins = walk.pooled_bins()
         if not walk.looks_twice:
-            place = {"causal": causal, "scaling": scaling, "spans": walk.spans, "pooled": bins}
+            place = {"causal": causal, "spans": walk.spans}
+            lists = lists_of_both_passes(query, key, value, kept, **place) if for_backward else None
+            place |= {"scaling": scaling, "pooled": bins, "lists": lists}
             attend_in_bins(query, key, value, kept, output, log_sums, **place)
-            return output, log_sums, bins
+            return output, log_sums, bins, lists
         pools = [bins, *walk.pooled_runs()]
         attend_to_bins(walk, bins, output, log_sums)
         for near, inside in walk.launches():
@@ -65,7 +69,7 @@ def far_field_attention(
                 num_stages=2,
                 maxnreg=168 if query.itemsize == 2 else None,  # as in the second look
             )
-    return output, log_sums, bins
+    return output, log_sums, bins, None
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "first_block", "num_levels", "num_runs", "stride", "scale"])

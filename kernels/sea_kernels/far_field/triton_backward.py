@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..masks import BinMask, RunMask
 from ..triton_common import on_device, with_dense_rows
+from ..triton_wide_lists import WideLists
 from .triton_key_grad import kept_gradients
 from .triton_pool import Pool
 from .triton_pool_grad import pool_gradients
@@ -24,6 +25,7 @@ def far_field_gradients(
     output: Tensor,
     log_sums: Tensor,
     bins: Pool,
+    lists: WideLists | None,
     grad_output: Tensor,
     kept: BinMask | RunMask,
     coarse: BinMask | None,
@@ -39,6 +41,7 @@ def far_field_gradients(
         output: ``[N, H, T, E]``, its result.
         log_sums: float32 ``[N, H, T]``, what it left.
         bins: the pooled bins, likewise. Pooled runs are as large as keys and values: they are pooled again.
+        lists: of the bins that blocks of rows keep, likewise, or None.
         grad_output: gradient to ``output``, in its dtype.
     """
     query, key, value = with_dense_rows(query), with_dense_rows(key), with_dense_rows(value)
@@ -46,7 +49,7 @@ def far_field_gradients(
     walk = Walk(query, key, value, kept, coarse, centre, causal, scaling, attention_mask)
     with on_device(query):
         pools = [bins, *walk.pooled_runs()]
-        grad_query, delta = query_gradient(walk, pools, output, log_sums, grad_output)
+        grad_query, delta = query_gradient(walk, pools, lists, output, log_sums, grad_output)
         rows = grad_output, log_sums, delta
         pooled = pooled_gradients(walk, pools, *rows)
         return grad_query, *pool_gradients(walk, pools, pooled, *kept_gradients(walk, *rows))

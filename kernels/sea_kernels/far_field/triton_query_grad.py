@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..triton_common import aligned_level, item_span, row_span
+from ..triton_wide_lists import WideLists
 from ..triton_wide_rows_backward import differentiate_queries_in_bins
 from .triton_bins_grad import differentiate_at_bins
 from .triton_pool import Pool
@@ -30,14 +31,18 @@ from .triton_walk import (
 
 
 def query_gradient(
-    walk: Walk, pools: list[Pool], output: Tensor, log_sums: Tensor, grad_output: Tensor
+    walk: Walk, pools: list[Pool], lists: WideLists | None, output: Tensor, log_sums: Tensor, grad_output: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradient ``[N, H, T, D]`` in query's dtype, and float32 ``[N, H, T]``: delta, grad_output . output."""
+    """Gradient ``[N, H, T, D]`` in query's dtype, and float32 ``[N, H, T]``: delta, grad_output . output.
+
+    ``lists``: what the forward pass kept.
+    """
     grad = torch.empty_like(walk.query, memory_format=torch.contiguous_format)
     delta = torch.empty_like(log_sums)
     if not walk.looks_twice:
         rows, keys = (walk.query, output, grad_output, log_sums, delta), (walk.key, walk.value, walk.kept)
         place = {"causal": walk.causal, "scaling": walk.scaling, "spans": walk.spans, "pooled": pools[0]}
+        place["lists"] = lists
         differentiate_queries_in_bins(*rows, *keys, grad, **place)
         return grad, delta
     so_far = torch.empty(grad.shape, dtype=torch.float32, device=grad.device)

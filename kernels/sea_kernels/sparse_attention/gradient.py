@@ -23,18 +23,19 @@ def sparse_attention(
     place = {"causal": causal, "scaling": scaling, "attention_mask": attention_mask}
     if is_differentiated(query, key, value, row_scale):
         return TritonAttention.apply(query, key, value, row_scale, mask, place)
-    return triton.sparse_attention(query, key, value, mask, row_scale=row_scale, **place)
+    return triton.sparse_attention(query, key, value, mask, row_scale=row_scale, **place)[0]
 
 
 class TritonAttention(torch.autograd.Function):
-    """Keeps the inputs, the output and one number per row; the backward pass computes the scores again."""
+    """Keeps the inputs, the output, one number per row and what blocks of rows walk; scores are computed again."""
 
     @staticmethod
     def forward(
         ctx, query: Tensor, key: Tensor, value: Tensor, row_scale: Tensor | None, mask: BinMask | RunMask, place: dict
     ) -> Tensor:
         log_sum = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-        output = triton.sparse_attention(query, key, value, mask, row_scale=row_scale, log_sum=log_sum, **place)
+        options = {"row_scale": row_scale, "log_sum": log_sum, **place}
+        output, ctx.lists = triton.sparse_attention(query, key, value, mask, **options)
         ctx.save_for_backward(query, key, value, row_scale, output, log_sum)
         ctx.mask, ctx.place = mask, place
         return output
@@ -42,6 +43,7 @@ class TritonAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        grads = triton_backward.sparse_attention_backward(grad_output, *ctx.saved_tensors, ctx.mask, **ctx.place)
+        masks = ctx.mask, ctx.lists
+        grads = triton_backward.sparse_attention_backward(grad_output, *ctx.saved_tensors, *masks, **ctx.place)
         needed = ctx.needs_input_grad[:4]
         return (*(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None)

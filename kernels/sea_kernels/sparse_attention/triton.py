@@ -14,6 +14,7 @@ from torch import Tensor
 from ..masks import BinMask, RunMask
 from ..triton_common import item_span, item_spans, next_power_of_2, on_device, row_span, with_dense_rows
 from ..triton_entries import BLOCK_ROWS, RELATIVE_TILE, Entries, EntryLists, relative_start
+from ..triton_wide_lists import WideLists, lists_of_both_passes
 from ..triton_wide_rows import attend_in_bins
 
 LOG2E = 1.4426950408889634
@@ -30,11 +31,14 @@ def sparse_attention(
     attention_mask: Tensor | None,
     row_scale: Tensor | None,
     log_sum: Tensor | None = None,
-) -> Tensor:
+) -> tuple[Tensor, WideLists | None]:
     """See :func:`sea_kernels.sparse_attention`. No gradients.
 
     ``log_sum``, float32 ``[N, H, T]``, takes what the backward pass needs: log2 of the sum of each row's exponentiated
     scores, 0 where a row keeps nothing.
+
+    Returns:
+        The result, and with ``log_sum`` the lists that the backward pass walks as well, if there are any.
     """
     batch, heads, num_queries, _ = query.shape
     query, key, value = with_dense_rows(query), with_dense_rows(key), with_dense_rows(value)
@@ -42,14 +46,16 @@ def sparse_attention(
     spans = item_spans(attention_mask)
     with on_device(query):
         if isinstance(mask, BinMask) and mask.layout == "aligned":
-            place = {"causal": causal, "scaling": scaling, "spans": spans, "row_scale": row_scale}
+            place = {"causal": causal, "spans": spans}
+            kept = None if log_sum is None else lists_of_both_passes(query, key, value, mask, **place)
+            place |= {"scaling": scaling, "row_scale": row_scale, "lists": kept}
             attend_in_bins(query, key, value, mask, output, log_sum, **place)
-            return output
+            return output, kept
         lists = EntryLists(mask, key.shape[2], causal, spans)
         for first_block, num_blocks in lists.chunks():
             entries = lists.build(first_block, num_blocks)
             _attend(query, key, value, output, lists, entries, scaling, row_scale, log_sum)
-    return output
+    return output, None
 
 
 def _attend(query, key, value, output, lists: EntryLists, entries: Entries, scaling, row_scale, log_sum) -> None:

@@ -17,6 +17,7 @@ from ..masks import BinMask, RunMask, mask_of_heads
 from ..triton_common import item_span, item_spans, next_power_of_2, on_device, row_span, with_dense_rows
 from ..triton_entries import BLOCK_ROWS, RELATIVE_TILE, Entries, EntryLists
 from ..triton_inverse import MOST_CHUNKS
+from ..triton_wide_lists import WideLists
 from ..triton_wide_rows_backward import differentiate_queries_in_bins
 from ..triton_wide_rows_keys import differentiate_keys_in_bins
 from .triton import LOG2E, count_steps, visit
@@ -34,6 +35,7 @@ def sparse_attention_backward(
     output: Tensor,
     log_sum: Tensor,
     mask: BinMask | RunMask,
+    walked: WideLists | None,
     *,
     causal: bool,
     scaling: float,
@@ -46,6 +48,7 @@ def sparse_attention_backward(
         query: ``[N, H, T, D]``, and so on: the forward's inputs.
         output: ``[N, H, T, E]``, contiguous, what the forward returned.
         log_sum: float32 ``[N, H, T]``, contiguous, what it left.
+        walked: the lists that it kept, if any.
 
     Returns:
         Tensors like query, key, value and row_scale.
@@ -65,7 +68,8 @@ def sparse_attention_backward(
         if isinstance(mask, BinMask) and mask.layout == "aligned":
             rows, keys = (grad_output, log_sum, delta), (key, value, mask)
             place = {"causal": causal, "scaling": scaling, "spans": spans, "row_scale": row_scale}
-            differentiate_queries_in_bins(query, output, *rows, *keys, grad_query, **place, grad_scale=grad_scale)
+            more = {"grad_scale": grad_scale, "lists": walked}
+            differentiate_queries_in_bins(query, output, *rows, *keys, grad_query, **place, **more)
             differentiate_keys_in_bins(query, *rows, *keys, grad_key, grad_value, **place)
             return grad_query, grad_key, grad_value, grad_scale
         for groups in _slices(mask, key.shape, members):
