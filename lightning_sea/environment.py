@@ -41,7 +41,10 @@ def _processor_name() -> str:
 
 
 def commit() -> str:
-    """The commit that this file lies in, "+changes" after it if the work tree differs; "unknown" outside a checkout."""
+    """The commit that this file lies in, "+changes" after it if the work tree differs; "unknown" outside a checkout.
+
+    Results of benchmarks are no change: those of one say nothing of what made those of the next.
+    """
     folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -49,7 +52,7 @@ def commit() -> str:
         return result.stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)benchmarks/results")
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
