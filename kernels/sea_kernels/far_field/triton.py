@@ -197,7 +197,7 @@ def _far_field_kernel(
         for word in range(0, (used + 31) // 32):
             far = unsplit_bins(
                 p_word, ENTRIES, count, word, current, m_level, length, begin,
-                WIDTH, WIDTH_LEVEL, LOOKS_TWICE, SEARCH_STEPS, ROWS, TILE,
+                WIDTH, WIDTH_LEVEL, SEARCH_STEPS, ROWS, TILE,
             )  # fmt: skip
             bin_ = current * NUM_BINS + word * TILE + o_tile
             b_k = tl.load(BIN_K + bin_[None, :] * HEAD_DIM + o_dim[:, None], mask=m_dim, other=0.0)

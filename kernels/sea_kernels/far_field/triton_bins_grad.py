@@ -92,7 +92,6 @@ def _bins_gradient_kernel(
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    FIRST_LEVEL: tl.constexpr = WIDTH_LEVEL + 1 if LOOKS_TWICE else 0
     item_head = tl.program_id(1).to(tl.int64)
     item, head = item_head // heads, item_head % heads
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
@@ -113,7 +112,7 @@ def _bins_gradient_kernel(
     acc = add_pooled_bins(
         b_q, b_do, BIN_K + bins * HEAD_DIM, BIN_V + bins * VALUE_DIM, BIN_OFFSET + bins,
         BITS + row * (NUM_BINS // 32), length > 0, length, level, log_sum, delta, acc, scaling,
-        FIRST_LEVEL, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, NUM_BINS, PRECISION,
+        WIDTH_LEVEL + 1, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, NUM_BINS, PRECISION,
     )  # fmt: skip
     p_far = SO_FAR + row[:, None] * HEAD_DIM + o_dim[None, :]
     tl.store(p_far, acc, mask=m_row[:, None] & (o_dim < HEAD_DIM)[None, :])

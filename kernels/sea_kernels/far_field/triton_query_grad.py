@@ -202,7 +202,7 @@ def _query_gradient_kernel(
         for word in range(0, (used + 31) // 32):
             far = unsplit_bins(
                 p_word, ENTRIES, count, word, current, m_level, length, begin,
-                WIDTH, WIDTH_LEVEL, LOOKS_TWICE, SEARCH_STEPS, ROWS, TILE,
+                WIDTH, WIDTH_LEVEL, SEARCH_STEPS, ROWS, TILE,
             )  # fmt: skip
             bin_ = current * NUM_BINS + word * TILE + o_tile
             b_k = load_columns(BIN_K, bin_, bin_ >= 0, HEAD_DIM, HEAD_DIM, HEAD_PADDED)

@@ -258,7 +258,6 @@ def unsplit_bins(
     begin,
     WIDTH: tl.constexpr,
     WIDTH_LEVEL: tl.constexpr,
-    LOOKS_TWICE: tl.constexpr,
     STEPS: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -268,7 +267,7 @@ def unsplit_bins(
     start = (word * TILE + o_tile) << level
     bits = tl.load(p_word + word, mask=m_level, other=-1)
     split = ((bits[:, None] >> o_tile[None, :]) & 1) != 0
-    if LOOKS_TWICE and level <= WIDTH_LEVEL:  # bins within runs are not split: what does the row keep?
+    if level <= WIDTH_LEVEL:  # bins within runs are not split: what does the row keep?
         run = start // WIDTH * WIDTH
         kept = _kept_bits(ENTRIES, count, run, STEPS)
         split = ((kept[None, :] >> tl.arange(0, ROWS)[:, None]) & 1) != 0
