@@ -139,8 +139,8 @@ def _from_channels(image: Tensor, factor: int) -> Tensor:
 def twice_as_wide(scores: Tensor) -> Tensor:
     """``[..., W]`` to ``[..., 2W]`` by linear interpolation between the columns' centres.
 
-    ``F.interpolate`` gives the same, but on a GPU it shares out the columns alone and takes all rows one after another,
-    and its gradient changes from run to run.
+    ``F.interpolate`` gives the same, but on a GPU each of its threads takes one column of all rows, one after another,
+    and PyTorch counts its gradient among those that change from run to run.
     """
     left = torch.cat([scores[..., :1], scores[..., :-1]], -1)
     right = torch.cat([scores[..., 1:], scores[..., -1:]], -1)
