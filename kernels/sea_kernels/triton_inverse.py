@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .triton_common import cdiv
 from .triton_entries import BLOCK_ROWS, Entries, EntryLists
-from .triton_wide_lists import SPREAD, TILE_LEVEL, WideLists
+from .triton_wide_lists import SPREAD, WideLists
 
 UNIT_BITS = 5  # of a list's element that tell apart the units of one tile, which therefore has at most 32 keys
 MOST_CHUNKS = 64  # so that the table of counts grows with the keys alone
@@ -55,7 +55,8 @@ class InverseLists:
         self.wide = isinstance(lists, WideLists)
         self.kinds = KINDS if self.wide else 1
         if self.wide:
-            self.first_level, self.levels = TILE_LEVEL, max(lists.least_level + 1, lists.levels) - TILE_LEVEL
+            self.first_level = lists.least_level
+            self.levels = max(lists.least_level + 1, lists.levels) - lists.least_level
             self.units, self.rows_each, block_rows = lists.num_bins + SPREAD, lists.rows, lists.rows
             bound = lists.blocks * lists.capacity
         else:

@@ -50,10 +50,9 @@ class WideLists:
         causal: whether a row sees only keys up to its own position.
         spans: int32 ``[N, 2]`` of ``triton_common.item_spans``, or None.
         rows: of a block.
-        least_level: log2 of the keys of the smallest entry, 5 or 6. Blocks with bins of one key have entries of 32 keys
-            nevertheless, since a word of a row's bits has bits for no more.
+        least_level: log2 of the keys of the smallest entry, 5 or 6.
         whole_level: log2 of the keys of the smallest bins in entries that count as whole, at least 1 if least_level
-            is 6. Without it, entries of at least 32 keys are single bins, those of at least 64 have any.
+            is 6, since a word has bits for 32 bins of one key. Without it, entries of at least 32 keys are single bins, those of at least 64 have any.
     """
 
     def __init__(
@@ -185,7 +184,7 @@ def _list_kernel(
     level = aligned_level(length, num_levels, NUM_BINS)
     longest, shortest = tl.max(length), tl.min(tl.where(length > 0, length, 2147483647))
     low, high = tl.min(tl.where(length > 0, level, 31)), tl.max(level)
-    unit = tl.maximum(low, tl.where(low > 0, LEAST_LEVEL, 5))  # log2 of an entry's keys: a tile, or a wider bin
+    unit = tl.maximum(low, LEAST_LEVEL)  # log2 of an entry's keys: a tile, or a wider bin
     place = item_head * tl.num_programs(0) + block
     WORDS: tl.constexpr = NUM_BINS // 32
     o_word, o_bin = tl.arange(0, WORDS_PADDED), tl.arange(0, WORDS_PADDED * 32)

@@ -229,8 +229,7 @@ def _key_kernel(
     before = num_keys - num_queries - first  # position of the first row
     low_row, high_row = tl.maximum(-before, 0), tl.minimum(num_queries, real - before)  # rows outside see no keys
     # Blocks of rows with smaller bins than 2^least keys do not see the tile. From here on levels are the lists'.
-    least = aligned_level(tile * TILE - ROWS + 1, first_level + levels, NUM_BINS)
-    least = tl.where(least > 0, tl.maximum(least - first_level, 1), 0)
+    least = tl.maximum(aligned_level(tile * TILE - ROWS + 1, first_level + levels, NUM_BINS) - first_level, 0)
     seen = item_group * 0  # blocks in the lists so far
     for segment in range(0, members * (levels - least)):
         member, level = segment // (levels - least), least + segment % (levels - least)
@@ -238,16 +237,8 @@ def _key_kernel(
         p_q, p_do = Q + item * q_item + head * q_head, GRAD_OUT + item * g_item + head * g_head
         p_words = BITS + item_head * num_queries * (NUM_BINS // 32)
         row_place = item * r_item + head * r_head
-        # A unit of at least the tile's keys has three lists, one after another. Of smaller ones the tile has two, whose
-        # lists make one: the others are empty. The blocks of the second half of the keys begin at ``half``.
         p_list = OFFSETS + ((item_head * levels + level) * units + ((tile * TILE) >> unit)) * 3
-        end, half = tl.load(p_list).to(tl.int64), tl.load(p_list + 1).to(tl.int64)
-        last = tl.where(unit > 5, 0, 6)
-        ends = (
-            tl.load(p_list + tl.maximum(last, 1)),
-            tl.load(p_list + tl.maximum(last, 2)),
-            tl.load(p_list + tl.maximum(last, 3)),
-        )
+        end, ends = tl.load(p_list).to(tl.int64), (tl.load(p_list + 1), tl.load(p_list + 2), tl.load(p_list + 3))
         # 0: rows keep any keys, 1: of bins that they all see whole, 2: of such bins of 16 keys or more.
         for kind in tl.static_range(3):
             begin, end = end, ends[kind].to(tl.int64)
@@ -257,30 +248,33 @@ def _key_kernel(
             element = tl.load(LISTED + start, mask=count > 0, other=0)
             for step in range(0, count):
                 bin_level, first_row = element & ((1 << UNIT_BITS) - 1), (element >> UNIT_BITS) * ROWS
-                rows, first_key = first_row + o_row, tile * TILE
+                rows = first_row + o_row
                 m_row = (rows >= low_row) & (rows < high_row)
                 b_q = load_tile(p_q, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)  # [ROWS, HEAD]
                 b_do = load_tile(p_do, rows, m_row, g_row, VALUE_DIM, VALUE_PADDED)  # [ROWS, VALUE]
                 log_sum, delta, factor = _load_numbers(LOG_SUM, DELTA, ROW_SCALE, row_place + rows, m_row)
                 if kind == 0:
                     m_row &= rows_of_level(before + rows + 1 if CAUSAL else real, bin_level, NUM_BINS)
-                    first_key += tl.where(start + step < half, 0, 32)
-                word = tl.load(p_words + rows * (NUM_BINS // 32) + (first_key >> bin_level >> 5), mask=m_row, other=0)
+                p_word = p_words + rows * (NUM_BINS // 32)
+                word = tl.load(p_word + ((tile * TILE) >> bin_level >> 5), mask=m_row, other=0)
+                if kind == 0:  # bins of one key take two words, unless a row has no more than one
+                    second = tl.minimum((tile * TILE + 32) >> bin_level >> 5, NUM_BINS // 32 - 1)
+                    second_word = tl.load(p_word + second, mask=m_row, other=0)
                 # The next block comes one step early, so that no row waits for its number.
                 element = tl.load(LISTED + start + tl.minimum(step + 1, count - 1))
                 products = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [TILE, ROWS]
                 if kind == 2:
                     # One choice for 16 keys, which are what a warp has of the products.
-                    o_part = first_key + tl.arange(0, TILE // 16) * 16
+                    o_part = tile * TILE + tl.arange(0, TILE // 16) * 16
                     keep = ((word[None, :] >> ((o_part >> bin_level) & 31)[:, None]) & 1) != 0  # [TILE / 16, ROWS]
                     offset = tl.where(keep, log_sum[None, :], float("inf"))
                     weights = tl.reshape(products, (TILE // 16, 16, ROWS)) * scale - offset[:, None, :]
                     weights = tl.reshape(tl.exp2(weights), (TILE, ROWS))
                 else:
-                    bit = 1 << ((o_key >> bin_level) & 31)
+                    words = word[None, :]
                     if kind == 0:
-                        bit = tl.where((unit > 5) | (o_key >> 5 == first_key >> 5), bit, 0)
-                    keep = (word[None, :] & bit[:, None]) != 0
+                        words = tl.where((o_tile < 32)[:, None], words, second_word[None, :])
+                    keep = (words & (1 << ((o_key >> bin_level) & 31))[:, None]) != 0
                     if CAUSAL and kind == 0:
                         keep &= (o_key - before - first_row)[:, None] <= o_row[None, :]
                     weights = tl.exp2(tl.where(keep, products * scale - log_sum[None, :], float("-inf")))

@@ -73,11 +73,12 @@ def to_cpu(mask):
 
 def listed_tiles(inverse, lists, length, level):
     """How often each (head, block, level, tile of keys) is listed. The blocks of a list ascend and fit its kind."""
-    shape = lists.heads, lists.blocks, lists.levels, inverse.units << inverse.levels
+    first, levels = inverse.first_level, inverse.levels
+    shape = lists.heads, lists.blocks, lists.levels, inverse.units << (first + levels - 5)
     listed, place = torch.zeros(shape, dtype=torch.int64), 0
     offsets, elements = inverse.offsets.tolist(), inverse.rows.tolist()
     for head, unit_level, unit, kind in itertools.product(
-        range(lists.heads), range(5, 5 + inverse.levels), range(inverse.units), range(KINDS)
+        range(lists.heads), range(first, first + levels), range(inverse.units), range(KINDS)
     ):
         found = elements[offsets[place] : offsets[place + 1]]
         assert found == sorted(found)
@@ -87,7 +88,7 @@ def listed_tiles(inverse, lists, length, level):
             rows = slice(block * lists.rows, (block + 1) * lists.rows)
             seeing = length[rows] > 0
             whole = (level[rows][seeing] == bin_level).all() and length[rows][seeing].min() >= tiles.stop * 32
-            whole = whole and (bin_level == unit_level or (unit_level == lists.least_level > 5))
+            whole = whole and bin_level >= lists.whole_level
             assert kind == (0 if not whole else 1 if bin_level < 4 else 2)
             listed[head, block, bin_level, tiles] += 1
         place += 1
@@ -112,7 +113,7 @@ def assert_wide_inverse(queries, keys, rows, attention_mask=None, least_level=5)
         block, width = row // rows, 1 << int(level[row])
         seen = slice(block * rows, (block + 1) * rows)
         low = int(level[seen][length[seen] > 0].min())
-        entry = 1 << max(low, least_level if low > 0 else 5)
+        entry = 1 << max(low, least_level)
         tiles = slice(bin_ * width // entry * entry // 32, -(-(bin_ + 1) * width // entry) * entry // 32)
         expected[head, block, level[row], tiles] = 1
     assert torch.equal(listed, expected)
