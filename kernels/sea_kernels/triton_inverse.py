@@ -7,8 +7,6 @@ list, and one program per chunk then visits the chunk's blocks in order. So rows
 block to block, and two runs give equal lists.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -23,9 +21,6 @@ MOST_CHUNKS = 64  # so that the table of counts grows with the keys alone
 CHUNK_ROWS = 256  # rows in a chunk, at least
 KINDS = 3  # of lists that a unit has of wide ones
 ENTRIES_AT_ONCE = 128
-PART_ROWS = 1024  # rows in a part of a tile, at least
-PART_MEANS = 8  # times what a tile has on average: a part of this size is always large enough
-PART_SIZES = 4  # to choose from, up to that one
 
 
 class InverseLists:
@@ -250,112 +245,3 @@ def _fill_kernel(
                         tl.store(OUT + target, element, mask=m_part & (kept != 0))
                         target += kept
                 tl.debug_barrier()  # the next entries read what other threads wrote
-
-
-@dataclass(frozen=True)
-class TileParts:
-    """How the lists of each tile of keys are cut for several programs: part 0 of every tile, and *extra* parts.
-
-    Attributes:
-        size: int32 ``[1]``, elements of a part.
-        ends: int32 ``[tiles + 1]``, number of extra parts of all tiles before each.
-        tile: int64 ``[bound]``, tile of each extra part; the number of tiles where there is no such part.
-    """
-
-    size: Tensor
-    ends: Tensor
-    tile: Tensor
-
-
-def cut_tiles(inverse: InverseLists, num_keys: int, tile_keys: int, heads: int, members: int) -> TileParts:
-    """Parts of the tiles of ``tile_keys`` keys, each of which takes ``members`` neighbouring heads together.
-
-    Attention sinks are kept by nearly every row, most other keys by few: a program that takes all rows of a tile would
-    be the last to finish. Parts are the smallest, of ``PART_SIZES`` sizes, of which there are few extra ones: at most
-    ``tiles / PART_MEANS``.
-
-    Args:
-        inverse: the lists.
-        num_keys: S.
-        tile_keys: keys of a tile, a power of two; of lists that are not wide at most 32.
-        heads: N * H, the query heads of all items.
-        members: H / G; tile i is tile ``i % ceil(S / tile_keys)`` of key head ``i // ceil(S / tile_keys)``.
-    """
-    per_head = cdiv(num_keys, tile_keys)
-    tiles = per_head * (heads // members)
-    device = inverse.rows.device
-    rows = torch.empty(tiles, dtype=torch.int32, device=device)
-    _tile_rows_kernel[cdiv(per_head, 64), heads // members](
-        inverse.offsets,
-        rows,
-        per_head,
-        members,
-        inverse.first_level,
-        inverse.levels,
-        inverse.units,
-        KEYS=tile_keys,
-        KINDS=inverse.kinds,
-        TILES=64,
-    )
-    size = torch.empty(1, dtype=torch.int32, device=device)
-    ends = torch.empty(tiles + 1, dtype=torch.int32, device=device)
-    extra = torch.empty(tiles // PART_MEANS, dtype=torch.int64, device=device)
-    least = max(1, PART_ROWS // inverse.rows_each)
-    sizes = {"MEANS": PART_MEANS, "SIZES": PART_SIZES, "TILES": 2048}
-    _cut_kernel[(1,)](rows, size, ends, extra, tiles, len(extra), least, **sizes, num_warps=16)
-    return TileParts(size, ends, extra)
-
-
-@triton.jit(do_not_specialize=["per_head", "members", "first_level", "levels", "units"])
-def _tile_rows_kernel(
-    OFFSETS,
-    OUT,
-    per_head,
-    members,
-    first_level,
-    levels,
-    units,
-    KEYS: tl.constexpr,
-    KINDS: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    head = tl.program_id(1).to(tl.int64)
-    o_tile = tl.program_id(0) * TILES + tl.arange(0, TILES)
-    total = tl.zeros([TILES], tl.int64)
-    for segment in range(0, members * levels):
-        item_head, level = head * members + segment // levels, first_level + segment % levels
-        begin, end = tile_range(OFFSETS, item_head, level, o_tile * KEYS, first_level, levels, units, KEYS, KINDS)
-        total += end - begin
-    tl.store(OUT + head * per_head + o_tile, total.to(tl.int32), mask=o_tile < per_head)
-
-
-@triton.jit(do_not_specialize=["tiles", "bound", "least"])
-def _cut_kernel(
-    ROWS, SIZE, ENDS, EXTRA, tiles, bound, least, MEANS: tl.constexpr, SIZES: tl.constexpr, TILES: tl.constexpr
-):
-    """Size of a part, and the places of the extra ones. One program: it reads one number per tile."""
-    o_tile = tl.arange(0, TILES)
-    total = tl.zeros([TILES], tl.int64)
-    for begin in range(0, tiles, TILES):
-        total += tl.load(ROWS + begin + o_tile, mask=begin + o_tile < tiles, other=0)
-    sizes = tl.sum(total, 0) * MEANS * (tl.arange(0, SIZES) + 1) // (tiles * SIZES) + 1
-    sizes = tl.maximum(sizes, least).to(tl.int32)
-    extras = tl.zeros([SIZES], tl.int32)
-    for begin in range(0, tiles, TILES):
-        rows = tl.load(ROWS + begin + o_tile, mask=begin + o_tile < tiles, other=1)
-        extras += tl.sum((tl.maximum(rows, 1) - 1)[:, None] // sizes[None, :], 0)
-    size = tl.min(tl.where((extras <= bound) | (sizes == tl.max(sizes, 0)), sizes, 2147483647), 0)
-    tl.store(SIZE, size)
-    tl.store(ENDS, 0)
-    count = 0
-    for begin in range(0, tiles, TILES):
-        tile = begin + o_tile
-        rows = tl.load(ROWS + tile, mask=tile < tiles, other=0)
-        extra = tl.maximum((rows + size - 1) // size - 1, 0).to(tl.int32)
-        end = count + tl.cumsum(extra, 0)
-        tl.store(ENDS + 1 + tile, end, mask=tile < tiles)
-        for part in range(0, tl.max(extra)):
-            tl.store(EXTRA + end - extra + part, tile.to(tl.int64), mask=part < extra)
-        count += tl.sum(extra, 0)
-    for begin in range(count, bound, TILES):
-        tl.store(EXTRA + begin + o_tile, tiles, mask=begin + o_tile < bound)

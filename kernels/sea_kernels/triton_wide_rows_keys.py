@@ -1,8 +1,7 @@
 """Gradients to the keys and values of the aligned bins that many neighbouring rows at a time keep.
 
 A program takes a tile of keys of one key head and walks the blocks of rows that list it, which ``triton_inverse.py``
-finds, for every query head that reads the keys. Tiles with long lists are cut into parts whose sums are added in a
-fixed order. Weights have a row for every key, so that they are first factors of the products without leaving their
+finds, for every query head that reads the keys. Long lists are cut into parts (``triton_parts.py``). Weights have a row for every key, so that they are first factors of the products without leaving their
 registers, and as many rows as the matrix units want.
 """
 
@@ -15,7 +14,8 @@ from torch import Tensor
 
 from .masks import BinMask, mask_of_heads
 from .triton_common import aligned_level, cdiv, item_span, next_power_of_2
-from .triton_inverse import KINDS, MOST_CHUNKS, UNIT_BITS, InverseLists, cut_tiles
+from .triton_inverse import KINDS, MOST_CHUNKS, UNIT_BITS, InverseLists
+from .triton_parts import add_parts, cut_tiles, part_of_program, store_rows
 from .triton_wide_lists import WideLists, load_tile, rows_of_level, rows_per_block
 
 KEYS, KEYS_LEVEL = 64, 6  # of a tile, and log2 of them
@@ -97,11 +97,10 @@ def _differentiate(
     parts = cut_tiles(inverse, num_keys, KEYS, batch * heads, heads // groups)
     sums = log_sums.new_empty(len(parts.tile), KEYS, head_dim + value_dim)
     tiles, tensors = cdiv(num_keys, KEYS), (query, key, value, grad_output, grad_key, grad_value)
-    all_tiles = batch * groups * tiles
     args = [*tensors, log_sums, delta, row_scale, lists.bits, lists.spans]
-    args += [inverse.rows, inverse.offsets, parts.size, parts.ends, parts.tile, sums]
+    args += [inverse.rows, inverse.offsets, *parts.args(), sums]
     args += [stride for tensor in tensors for stride in tensor.stride()[:3]]
-    args += [*log_sums.stride()[:2], groups, heads // groups, num_queries, num_keys, tiles, all_tiles]
+    args += [*log_sums.stride()[:2], groups, heads // groups, num_queries, num_keys, tiles]
     args += [inverse.first_level, inverse.levels, inverse.units, scaling * LOG2E, scaling]
     options = {
         "HEAD_DIM": head_dim,
@@ -116,9 +115,8 @@ def _differentiate(
         "HAS_PADDING": lists.spans is not None,
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     } | _launch_config(query.dtype, max(head_dim, value_dim) * query.itemsize)
-    if len(parts.tile):
-        _key_kernel[len(parts.tile),](*args, **options, EXTRA=True)
-    _key_kernel[all_tiles,](*args, **options, EXTRA=False)
+    _key_kernel[parts.programs(),](*args, **options)
+    add_parts(parts, sums, grad_key, grad_value, lists.spans, scaling)
 
 
 def _launch_config(dtype: torch.dtype, row_bytes: int) -> dict:
@@ -134,6 +132,7 @@ def _launch_config(dtype: torch.dtype, row_bytes: int) -> dict:
         "num_queries",
         "num_keys",
         "tiles",
+        "bound",
         "all_tiles",
         "first_level",
         "levels",
@@ -156,9 +155,11 @@ def _key_kernel(
     SPANS,
     LISTED,
     OFFSETS,
-    PART_SIZE,
-    PART_ENDS,
     PART_TILE,
+    PART_ENDS,
+    PART_SIZE,
+    bound,
+    all_tiles,
     SUMS,
     q_item,
     q_head,
@@ -185,7 +186,6 @@ def _key_kernel(
     num_queries,
     num_keys,
     tiles,
-    all_tiles,
     first_level,
     levels,
     units,
@@ -202,18 +202,11 @@ def _key_kernel(
     CAUSAL: tl.constexpr,
     HAS_PADDING: tl.constexpr,
     PRECISION: tl.constexpr,
-    EXTRA: tl.constexpr,
 ):
-    """Sums of the first part of every tile, plus those of its extra parts, which ``EXTRA`` programs left in SUMS."""
-    program = tl.program_id(0)
-    place, size = program, tl.load(PART_SIZE)
-    low, high = size * 0, size
-    if EXTRA:
-        place = tl.load(PART_TILE + program).to(tl.int32)
-        if place == all_tiles:  # there are fewer parts than programs
-            return
-        low = (program - tl.load(PART_ENDS + place) + 1) * size
-        high = low + size
+    """Gradients of a tile that is not long, or SUMS of a part."""
+    place, low, high, is_part = part_of_program(PART_TILE, PART_ENDS, PART_SIZE, bound, all_tiles)
+    if place < 0:
+        return
     item_group, tile = (place // tiles).to(tl.int64), place % tiles
     item, group = item_group // groups, item_group % groups
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
@@ -252,14 +245,15 @@ def _key_kernel(
                 m_row = (rows >= low_row) & (rows < high_row)
                 b_q = load_tile(p_q, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)  # [ROWS, HEAD]
                 b_do = load_tile(p_do, rows, m_row, g_row, VALUE_DIM, VALUE_PADDED)  # [ROWS, VALUE]
-                log_sum, delta, factor = _load_numbers(LOG_SUM, DELTA, ROW_SCALE, row_place + rows, m_row)
-                if kind == 0:
-                    m_row &= rows_of_level(before + rows + 1 if CAUSAL else real, bin_level, NUM_BINS)
-                p_word = p_words + rows * (NUM_BINS // 32)
-                word = tl.load(p_word + ((tile * TILE) >> bin_level >> 5), mask=m_row, other=0)
-                if kind == 0:  # bins of one key take two words, unless a row has no more than one
-                    second = tl.minimum((tile * TILE + 32) >> bin_level >> 5, NUM_BINS // 32 - 1)
-                    second_word = tl.load(p_word + second, mask=m_row, other=0)
+                # Bins of one key take two words, unless a row has no more than one.
+                left = p_words + rows * (NUM_BINS // 32) + ((tile * TILE) >> bin_level >> 5)
+                right = tl.minimum((tile * TILE + 32) >> bin_level >> 5, NUM_BINS // 32 - 1)
+                right = p_words + rows * (NUM_BINS // 32) + right
+                row = row_place + rows
+                word, right_word, log_sum, delta = _load_numbers(left, right, LOG_SUM + row, DELTA + row, m_row)
+                factor = tl.full([ROWS], 1.0, tl.float32)
+                if ROW_SCALE is not None:
+                    factor = tl.load(ROW_SCALE + row, mask=m_row, other=0.0)
                 # The next block comes one step early, so that no row waits for its number.
                 element = tl.load(LISTED + start + tl.minimum(step + 1, count - 1))
                 products = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [TILE, ROWS]
@@ -273,44 +267,40 @@ def _key_kernel(
                 else:
                     words = word[None, :]
                     if kind == 0:
-                        words = tl.where((o_tile < 32)[:, None], words, second_word[None, :])
+                        words = tl.where((o_tile < 32)[:, None], words, right_word[None, :])
                     keep = (words & (1 << ((o_key >> bin_level) & 31))[:, None]) != 0
-                    if CAUSAL and kind == 0:
-                        keep &= (o_key - before - first_row)[:, None] <= o_row[None, :]
+                    if kind == 0:
+                        keep &= rows_of_level(before + rows + 1 if CAUSAL else real, bin_level, NUM_BINS)[None, :]
+                        if CAUSAL:
+                            keep &= (o_key - before - first_row)[:, None] <= o_row[None, :]
                     weights = tl.exp2(tl.where(keep, products * scale - log_sum[None, :], float("-inf")))
                 grad_k, grad_v = _add_rows(weights, b_q, b_do, b_v, factor, delta, grad_k, grad_v, PRECISION)
 
-    WIDTH: tl.constexpr = HEAD_DIM + VALUE_DIM
-    o_dim, o_value = tl.arange(0, HEAD_PADDED)[None, :], tl.arange(0, VALUE_PADDED)[None, :]
-    m_dim, m_value = o_dim < HEAD_DIM, o_value < VALUE_DIM
-    o_k, o_v = o_tile[:, None] * WIDTH + o_dim, o_tile[:, None] * WIDTH + HEAD_DIM + o_value
-    if EXTRA:
-        SUMS += program.to(tl.int64) * (TILE * WIDTH)
-        tl.store(SUMS + o_k, grad_k, mask=m_dim)
-        tl.store(SUMS + o_v, grad_v, mask=m_value)
+    if is_part:
+        WIDTH: tl.constexpr = HEAD_DIM + VALUE_DIM
+        SUMS += tl.program_id(0).to(tl.int64) * (TILE * WIDTH)
+        store_rows(SUMS, o_tile, m_key, WIDTH, grad_k, HEAD_DIM, HEAD_PADDED)
+        store_rows(SUMS + HEAD_DIM, o_tile, m_key, WIDTH, grad_v, VALUE_DIM, VALUE_PADDED)
     else:
-        extra = tl.load(PART_ENDS + place)
-        SUMS += extra.to(tl.int64) * (TILE * WIDTH)
-        for _ in range(extra, tl.load(PART_ENDS + place + 1)):
-            grad_k += tl.load(SUMS + o_k, mask=m_dim, other=0.0)
-            grad_v += tl.load(SUMS + o_v, mask=m_value, other=0.0)
-            SUMS += TILE * WIDTH
-        key_row = (first + o_key).to(tl.int64)[:, None]
-        p_k = GRAD_K + item * gk_item + group * gk_head + key_row * gk_row + o_dim
-        tl.store(p_k, (grad_k * scaling).to(GRAD_K.dtype.element_ty), mask=m_key[:, None] & m_dim)
-        p_v = GRAD_V + item * gv_item + group * gv_head + key_row * gv_row + o_value
-        tl.store(p_v, grad_v.to(GRAD_V.dtype.element_ty), mask=m_key[:, None] & m_value)
+        GRAD_K += item * gk_item + group * gk_head
+        store_rows(GRAD_K, first + o_key, m_key, gk_row, grad_k * scaling, HEAD_DIM, HEAD_PADDED)
+        GRAD_V += item * gv_item + group * gv_head
+        store_rows(GRAD_V, first + o_key, m_key, gv_row, grad_v, VALUE_DIM, VALUE_PADDED)
 
 
 @triton.jit
-def _load_numbers(LOG_SUM, DELTA, ROW_SCALE, row, m_row):
-    """log2 of some rows' sums, their deltas and factors."""
-    log_sum = tl.load(LOG_SUM + row, mask=m_row, other=0.0)
-    delta = tl.load(DELTA + row, mask=m_row, other=0.0)
-    factor = tl.full(row.shape, 1.0, tl.float32)
-    if ROW_SCALE is not None:
-        factor = tl.load(ROW_SCALE + row, mask=m_row, other=0.0)
-    return log_sum, delta, factor
+def _load_numbers(LEFT, RIGHT, LOG_SUM, DELTA, m_row):
+    """Two words of bits, the log2 of the sum and the delta of some rows. In one load, since Triton up to 3.6 has every
+    thread load all of a vector's elements that it needs, with one instruction each, if there are fewer than threads."""
+    integers = tl.pointer_type(tl.int32)
+    o_kind = tl.arange(0, 4)[:, None]
+    p_words = tl.where(o_kind == 0, LEFT[None, :], RIGHT[None, :])
+    p_numbers = tl.where(o_kind == 2, LOG_SUM.to(integers)[None, :], DELTA.to(integers)[None, :])
+    loaded = tl.load(tl.where(o_kind < 2, p_words, p_numbers), mask=m_row[None, :], other=0)
+    words, numbers = tl.split(tl.permute(tl.reshape(loaded, (2, 2, loaded.shape[1])), (2, 1, 0)))
+    left, right = tl.split(words)
+    log_sum, delta = tl.split(numbers.to(tl.float32, bitcast=True))
+    return left, right, log_sum, delta
 
 
 @triton.jit

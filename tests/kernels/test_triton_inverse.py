@@ -9,7 +9,8 @@ from sea_kernels.masks import BinMask, RunMask, kept_keys, pack_bits, unpack_bit
 from sea_kernels.spans import row_spans
 from sea_kernels.triton_common import item_spans
 from sea_kernels.triton_entries import EntryLists
-from sea_kernels.triton_inverse import KINDS, UNIT_BITS, InverseLists, cut_tiles
+from sea_kernels.triton_inverse import KINDS, UNIT_BITS, InverseLists
+from sea_kernels.triton_parts import cut_tiles
 from sea_kernels.triton_wide_lists import SPREAD, WideLists
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -167,8 +168,8 @@ def test_many_chunks_and_many_launches(monkeypatch):
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_parts_cover_the_rows_of_every_tile(monkeypatch, members):
-    monkeypatch.setattr("sea_kernels.triton_inverse.PART_ROWS", 8)
-    monkeypatch.setattr("sea_kernels.triton_inverse.PART_MEANS", 1)
+    monkeypatch.setattr("sea_kernels.triton_parts.PART_ROWS", 8)
+    monkeypatch.setattr("sea_kernels.triton_parts.PART_MEANS", 1)
     queries = 80
     mask = random_runs(2, queries, 4)
     mask.starts.masked_fill_(mask.starts == 0, -1)[..., 0] = 0  # every row keeps the first run
@@ -179,10 +180,12 @@ def test_parts_cover_the_rows_of_every_tile(monkeypatch, members):
     ends = torch.cat([offsets.flatten()[1:], inverse.offsets[-1:].cpu()])
     rows = (ends - offsets.flatten()).view(-1, members, per_head).sum(1).flatten()
     size, before = int(parts.size), parts.ends.cpu()
-    sizes = [max(8, int(rows.sum()) * quarters // (4 * len(rows)) + 1) for quarters in range(1, 5)]
-    assert size == next(s for s in sizes if int(((rows + s - 1) // s - 1).sum()) <= len(parts.tile))
-    assert size < sizes[-1]
-    assert torch.equal(before.diff(), (rows + size - 1) // size - 1)
+    sizes = [max(8, int(rows.sum()) * eighths // (8 * len(rows)) + 1) for eighths in range(1, 9)]
+    counts = [torch.where(rows > s, (rows + s - 1) // s, 0) for s in sizes]
+    chosen = next(i for i, count in enumerate(counts) if int(count.sum()) <= len(parts.tile))
+    assert 0 < chosen < len(sizes) - 1
+    assert size == sizes[chosen]
+    assert torch.equal(before.diff(), counts[chosen])
     expected = torch.repeat_interleave(torch.arange(len(rows)), before.diff())
     assert len(expected) > 0
     assert torch.equal(parts.tile[: len(expected)].cpu(), expected)

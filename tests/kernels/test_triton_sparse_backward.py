@@ -120,8 +120,8 @@ def test_bidirectional_runs_and_grouped_heads(random_qkv):
 
 @pytest.mark.parametrize("wide", [False, True])
 def test_long_lists_are_cut_into_parts(random_qkv, monkeypatch, wide):
-    monkeypatch.setattr("sea_kernels.triton_inverse.PART_ROWS", 24)
-    monkeypatch.setattr("sea_kernels.triton_inverse.PART_MEANS", 1)
+    monkeypatch.setattr("sea_kernels.triton_parts.PART_ROWS", 24)
+    monkeypatch.setattr("sea_kernels.triton_parts.PART_MEANS", 1)
     query, key, value = (x.float() for x in random_qkv(batch=1, heads=2, groups=1, queries=111, width=16))
     if wide:  # bins of 4 keys in the last rows, and narrower ones in the first
         monkeypatch.setattr("sea_kernels.triton_wide_lists.MOST_ROWS", 16)
@@ -136,7 +136,7 @@ def test_long_lists_are_cut_into_parts(random_qkv, monkeypatch, wide):
 
 def test_two_runs_give_the_same_bits(random_qkv, monkeypatch):
     length = 2000 if DEVICE == "cuda" else 40  # the interpreter runs one program after another: nothing can race there
-    monkeypatch.setattr("sea_kernels.triton_inverse.PART_ROWS", 64)
+    monkeypatch.setattr("sea_kernels.triton_parts.PART_ROWS", 64)
     query, key, value = (x.half().to(DEVICE) for x in random_qkv(batch=1, heads=2, groups=1, queries=length, width=16))
     mask = random_bins(query.shape[:3], "aligned")
     mask.bits.bitwise_or_(1)

@@ -225,8 +225,8 @@ def assert_same_gradients(
     ],
 )
 def test_gradients_behind_a_cache(random_qkv, launches, monkeypatch, queries, keys, heads, dtype, tolerance):
-    monkeypatch.setattr("sea_kernels.triton_inverse.PART_ROWS", 64)  # a part may begin and end in lists of any kind
-    monkeypatch.setattr("sea_kernels.triton_inverse.PART_MEANS", 1)
+    monkeypatch.setattr("sea_kernels.triton_parts.PART_ROWS", 64)  # a part may begin and end in lists of any kind
+    monkeypatch.setattr("sea_kernels.triton_parts.PART_MEANS", 1)
     sizes = {"batch": 1, "heads": heads, "groups": 1, "width": 8, "value_width": 6}
     query, key, value = (x.to(dtype) for x in random_qkv(queries=queries, keys=keys, **sizes))
     scale = torch.rand(query.shape[:3], generator=torch.Generator().manual_seed(3)).to(dtype)

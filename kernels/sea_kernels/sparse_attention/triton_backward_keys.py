@@ -1,9 +1,9 @@
 """Gradients of sparse attention to the keys and values of runs, and of bins of the relative layout.
 
 A program takes a tile of keys of one key head. For every query head that reads them it walks the rows that keep some of
-them, 16 at a time, and adds up in registers. Which rows those are, ``triton_inverse.py`` lists; tiles with long lists,
-such as the first tokens, are cut into parts whose sums are added in a fixed order. Bins of the relative layout have
-edges of their own in every row: there a program walks all rows that may see its keys.
+them, 16 at a time, and adds up in registers. Which rows those are, ``triton_inverse.py`` lists; long lists, such as those
+of the first tokens, are cut into parts (``triton_parts.py``). Bins of the relative layout have edges of their own in
+every row: there a program walks all rows that may see its keys.
 """
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..triton_common import cdiv, item_span, next_power_of_2, row_span
 from ..triton_entries import Entries, EntryLists, relative_bin
-from ..triton_inverse import UNIT_BITS, InverseLists, TileParts, cut_tiles, tile_range
+from ..triton_inverse import UNIT_BITS, InverseLists, tile_range
+from ..triton_parts import TileParts, add_parts, cut_tiles, part_of_program, store_rows
 from .triton import LOG2E
 
 TILE_KEYS = 16
@@ -69,24 +70,21 @@ def differentiate_keys(
         "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
     }
     options |= _launch_config(max(head_dim, value_dim) * query.dtype.itemsize)
-    all_tiles = batch * groups * tiles
     if lists.relative:
-        _key_kernel[all_tiles,](*args, **_relative_source(lists), **options, EXTRA=False)
+        _key_kernel[batch * groups * tiles,](*args, **_relative_source(lists), **options)
         return
     inverse = InverseLists(lists, entries)
     parts = cut_tiles(inverse, num_keys, TILE_KEYS, batch * heads, heads // groups)
     sums = log_sum.new_empty(len(parts.tile), TILE_KEYS, head_dim + value_dim)
-    options |= {"all_tiles": all_tiles, "SUMS": sums, **_listed_source(inverse, parts)}
-    if len(parts.tile):
-        _key_kernel[len(parts.tile),](*args, **options, EXTRA=True)
-    _key_kernel[all_tiles,](*args, **options, EXTRA=False)
+    _key_kernel[parts.programs(),](*args, **_listed_source(inverse, parts), SUMS=sums, **options)
+    add_parts(parts, sums, grad_key, grad_value, lists.spans, scaling)
 
 
 def _relative_source(lists: EntryLists) -> dict:
     """Where the kernel finds a tile's rows in the relative layout: they are those that see it."""
     mask = lists.mask
     unused = dict.fromkeys(("LISTED", "OFFSETS", "PART_SIZE", "PART_ENDS", "PART_TILE", "SUMS"))
-    unused |= {"all_tiles": 0, "level": 0, "units": 0}
+    unused |= {"bound": 0, "all_tiles": 0, "level": 0, "units": 0}
     found = {"BITS": lists.source, "shift": mask.shift, "NUM_BINS": mask.num_bins, "HAS_SHIFT": mask.shift != 0}
     return unused | found | {"RELATIVE": True}
 
@@ -95,7 +93,7 @@ def _listed_source(inverse: InverseLists, parts: TileParts) -> dict:
     """Where the kernel finds those of runs."""
     found = {"LISTED": inverse.rows, "OFFSETS": inverse.offsets}
     found |= {"level": inverse.first_level, "units": inverse.units}
-    found |= {"PART_SIZE": parts.size, "PART_ENDS": parts.ends, "PART_TILE": parts.tile}
+    found |= dict(zip(("PART_TILE", "PART_ENDS", "PART_SIZE", "bound", "all_tiles"), parts.args(), strict=True))
     return found | {"BITS": None, "shift": 0, "NUM_BINS": 32, "HAS_SHIFT": False, "RELATIVE": False}
 
 
@@ -168,6 +166,7 @@ def _add_rows(
         "tiles",
         "scale",
         "scaling",
+        "bound",
         "all_tiles",
         "level",
         "units",
@@ -214,11 +213,12 @@ def _key_kernel(
     scaling,
     LISTED,
     OFFSETS,
-    PART_SIZE,
-    PART_ENDS,
     PART_TILE,
-    SUMS,
+    PART_ENDS,
+    PART_SIZE,
+    bound,
     all_tiles,
+    SUMS,
     level,
     units,
     BITS,
@@ -237,20 +237,14 @@ def _key_kernel(
     RELATIVE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
-    EXTRA: tl.constexpr,
 ):
-    """Sums of the first part of every tile, plus those of its extra parts, which ``EXTRA`` programs left in SUMS."""
-    program = tl.program_id(0)
-    place = program
-    if RELATIVE == 0:
-        size = tl.load(PART_SIZE)
-        low, high = size * 0, size
-    if EXTRA:
-        place = tl.load(PART_TILE + program).to(tl.int32)
-        exists = place < all_tiles
-        place = tl.where(exists, place, 0)
-        low = (program - tl.load(PART_ENDS + place) + 1) * size
-        high = tl.where(exists, low + size, low)
+    """Gradients of a tile that is not long, or SUMS of a part."""
+    if RELATIVE:
+        place, is_part = tl.program_id(0), False
+    else:
+        place, low, high, is_part = part_of_program(PART_TILE, PART_ENDS, PART_SIZE, bound, all_tiles)
+        if place < 0:
+            return
     item_group, tile = (place // tiles).to(tl.int64), place % tiles
     item, group = item_group // groups, item_group % groups
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
@@ -314,21 +308,14 @@ def _key_kernel(
                 HAS_SCALE,
                 PRECISION,
             )
-    WIDTH: tl.constexpr = HEAD_DIM + VALUE_DIM
-    o_sum = tl.arange(0, KEYS)[:, None] * WIDTH
-    if EXTRA:
-        SUMS += program.to(tl.int64) * (KEYS * WIDTH)
-        tl.store(SUMS + o_sum + o_dim, grad_k, mask=m_k)
-        tl.store(SUMS + o_sum + HEAD_DIM + o_value, grad_v, mask=m_v)
+    m_key = o_key < real
+    if is_part:
+        WIDTH: tl.constexpr = HEAD_DIM + VALUE_DIM
+        SUMS += tl.program_id(0).to(tl.int64) * (KEYS * WIDTH)
+        store_rows(SUMS, tl.arange(0, KEYS), m_key, WIDTH, grad_k, HEAD_DIM, HEAD_PADDED)
+        store_rows(SUMS + HEAD_DIM, tl.arange(0, KEYS), m_key, WIDTH, grad_v, VALUE_DIM, VALUE_PADDED)
     else:
-        if RELATIVE == 0:
-            extra = tl.load(PART_ENDS + place)
-            p_sum = SUMS + extra.to(tl.int64) * (KEYS * WIDTH) + o_sum
-            for _ in range(extra, tl.load(PART_ENDS + place + 1)):
-                grad_k += tl.load(p_sum + o_dim, mask=m_k, other=0.0)
-                grad_v += tl.load(p_sum + HEAD_DIM + o_value, mask=m_v, other=0.0)
-                p_sum += KEYS * WIDTH
-        p_k = GRAD_K + item * gk_item + group * gk_head + key_row * gk_row + o_dim
-        tl.store(p_k, (grad_k * scaling).to(GRAD_K.dtype.element_ty), mask=m_k)
-        p_v = GRAD_V + item * gv_item + group * gv_head + key_row * gv_row + o_value
-        tl.store(p_v, grad_v.to(GRAD_V.dtype.element_ty), mask=m_v)
+        GRAD_K += item * gk_item + group * gk_head
+        store_rows(GRAD_K, first + o_key, m_key, gk_row, grad_k * scaling, HEAD_DIM, HEAD_PADDED)
+        GRAD_V += item * gv_item + group * gv_head
+        store_rows(GRAD_V, first + o_key, m_key, gv_row, grad_v, VALUE_DIM, VALUE_PADDED)
