@@ -71,6 +71,30 @@ def aligned_level(length, num_levels, NUM_BINS: tl.constexpr):
 
 
 @triton.jit
+def split_four(loaded):
+    """Four vectors of a tile ``[4, ROWS]``, which one load has brought.
+
+    Numbers of rows that are columns of a tile of scores come fastest so: of a vector with fewer elements than threads
+    Triton has, up to 3.6, each thread load all that it needs itself, an instruction for each.
+    """
+    halves = tl.permute(tl.reshape(loaded, (2, 2, loaded.shape[1])), (2, 1, 0))
+    low, high = tl.split(halves)
+    first, second = tl.split(low)
+    third, fourth = tl.split(high)
+    return first, second, third, fourth
+
+
+@triton.jit
+def split_eight(loaded):
+    """Eight vectors of a tile ``[8, ROWS]``, as in ``split_four``."""
+    halves = tl.permute(tl.reshape(loaded, (2, 4, loaded.shape[1])), (1, 2, 0))
+    low, high = tl.split(halves)
+    first, second, third, fourth = split_four(low)
+    fifth, sixth, seventh, eighth = split_four(high)
+    return first, second, third, fourth, fifth, sixth, seventh, eighth
+
+
+@triton.jit
 def group_rows(group, offset, stride):
     """Position of the first row of each group of ``stride`` positions, and the group's first row among the queries.
 

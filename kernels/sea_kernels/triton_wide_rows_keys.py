@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .masks import BinMask, mask_of_heads
-from .triton_common import aligned_level, cdiv, item_span, next_power_of_2
+from .triton_common import aligned_level, cdiv, item_span, next_power_of_2, split_four
 from .triton_inverse import KINDS, MOST_CHUNKS, UNIT_BITS, InverseLists
 from .triton_parts import add_parts, cut_tiles, part_of_program, store_rows
 from .triton_wide_lists import WideLists, load_tile, rows_of_level, rows_per_block
@@ -290,17 +290,14 @@ def _key_kernel(
 
 @triton.jit
 def _load_numbers(LEFT, RIGHT, LOG_SUM, DELTA, m_row):
-    """Two words of bits, the log2 of the sum and the delta of some rows. In one load, since Triton up to 3.6 has every
-    thread load all of a vector's elements that it needs, with one instruction each, if there are fewer than threads."""
+    """Two words of bits, the log2 of the sum and the delta of some rows."""
     integers = tl.pointer_type(tl.int32)
     o_kind = tl.arange(0, 4)[:, None]
     p_words = tl.where(o_kind == 0, LEFT[None, :], RIGHT[None, :])
     p_numbers = tl.where(o_kind == 2, LOG_SUM.to(integers)[None, :], DELTA.to(integers)[None, :])
     loaded = tl.load(tl.where(o_kind < 2, p_words, p_numbers), mask=m_row[None, :], other=0)
-    words, numbers = tl.split(tl.permute(tl.reshape(loaded, (2, 2, loaded.shape[1])), (2, 1, 0)))
-    left, right = tl.split(words)
-    log_sum, delta = tl.split(numbers.to(tl.float32, bitcast=True))
-    return left, right, log_sum, delta
+    left, right, log_sum, delta = split_four(loaded)
+    return left, right, log_sum.to(tl.float32, bitcast=True), delta.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import cdiv, item_span, on_device, row_span
+from ..triton_common import cdiv, item_span, on_device, row_span, split_eight
 from .triton_scores import (
     LOG2E,
     last_block_first,
@@ -94,12 +94,13 @@ def attention_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of both losses with respect to the student's query and key, each only if wanted."""
     query, key = tensors.query, tensors.key
-    grads, unit = (grad_divergence.contiguous(), grad_square_error.contiguous()), None
+    # One tensor, so that a kernel can load all numbers of some rows at once.
+    rows, unit = torch.stack((*numbers, grad_divergence, grad_square_error)), None
     if query.dtype == torch.float16:
         # A mean over all rows makes gradients far below what float16 can hold: they are scaled up for the products.
-        grads = torch.stack(grads)
+        grads = rows[len(numbers) :]
         largest = grads.abs().amax().clamp_min(1e-30)
-        grads = grads * (GRADIENT_SIZE / largest)
+        grads *= GRADIENT_SIZE / largest
         unit = largest / GRADIENT_SIZE
     args, sizes = _arguments(tensors, spans, causal, teacher_scaling, scaling)
     batch, heads, num_queries, _ = query.shape
@@ -108,13 +109,13 @@ def attention_gradients(
         if want_query:
             grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
             grid = cdiv(num_queries, sizes["ROWS"]), heads, batch
-            _query_gradient_kernel[grid](*tensors, *numbers, *grads, unit, grad_query, *args, **sizes)
+            _query_gradient_kernel[grid](*tensors, rows, unit, grad_query, *args, **sizes)
         if want_key:
             # Here a program owns keys and walks rows, in smaller steps: each brings five numbers of its own.
             grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
             sizes |= {"ROWS": min(sizes["KEYS"], 32), "KEYS": sizes["ROWS"]}
             grid = cdiv(key.shape[2], sizes["KEYS"]), key.shape[1], batch
-            _key_gradient_kernel[grid](*tensors, *numbers, *grads, unit, grad_key, *args, **sizes)
+            _key_gradient_kernel[grid](*tensors, rows, unit, grad_key, *args, **sizes)
     return grad_query, grad_key
 
 
@@ -244,11 +245,7 @@ def _query_gradient_kernel(
     TEACHER_K,
     Q,
     K,
-    TEACHER_LSE,
-    LSE,
-    PULL,
-    GRAD_DIVERGENCE,
-    GRAD_SQUARE_ERROR,
+    NUMBERS,
     UNIT,
     GRAD_Q,
     SPANS,
@@ -290,11 +287,12 @@ def _query_gradient_kernel(
     place = (item * tl.num_programs(1) + head) * num_queries + rows
     b_tq = load_rows(TEACHER_Q + item * tq_item + head * tq_head, rows, m_row, tq_row, TEACHER_DIM, TEACHER_PADDED)
     b_q = load_rows(Q + item * q_item + head * q_head, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)
-    teacher_lse = tl.load(TEACHER_LSE + place, mask=m_row, other=0.0)[:, None] * LOG2E
-    lse = tl.load(LSE + place, mask=m_row, other=0.0)[:, None] * LOG2E
-    pull = tl.load(PULL + place, mask=m_row, other=0.0)[:, None]
-    grad_divergence = tl.load(GRAD_DIVERGENCE + place, mask=m_row, other=0.0)[:, None]
-    grad_square_error = tl.load(GRAD_SQUARE_ERROR + place, mask=m_row, other=0.0)[:, None]
+    kind_size = tl.num_programs(2) * tl.num_programs(1).to(tl.int64) * num_queries
+    teacher_lse = tl.load(NUMBERS + place, mask=m_row, other=0.0)[:, None] * LOG2E
+    lse = tl.load(NUMBERS + kind_size + place, mask=m_row, other=0.0)[:, None] * LOG2E
+    pull = tl.load(NUMBERS + 2 * kind_size + place, mask=m_row, other=0.0)[:, None]
+    grad_divergence = tl.load(NUMBERS + 3 * kind_size + place, mask=m_row, other=0.0)[:, None]
+    grad_square_error = tl.load(NUMBERS + 4 * kind_size + place, mask=m_row, other=0.0)[:, None]
     TEACHER_K += item * tk_item + (head // teacher_heads_per_group) * tk_head + first.to(tl.int64) * tk_row
     K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
     acc = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
@@ -319,11 +317,7 @@ def _key_gradient_kernel(
     TEACHER_K,
     Q,
     K,
-    TEACHER_LSE,
-    LSE,
-    PULL,
-    GRAD_DIVERGENCE,
-    GRAD_SQUARE_ERROR,
+    NUMBERS,
     UNIT,
     GRAD_K,
     SPANS,
@@ -371,6 +365,8 @@ def _key_gradient_kernel(
     last_row = tl.minimum(first + real - cached, num_queries)
     has_real_keys = (block * KEYS < first + real) & ((block + 1) * KEYS > first)
     last_row = tl.where(has_real_keys, last_row, first_row)
+    o_kind = tl.arange(0, 8)[:, None]  # of the numbers, which are five
+    kind_size = tl.num_programs(2) * heads.to(tl.int64) * num_queries
     acc = tl.zeros([KEYS, HEAD_PADDED], tl.float32)
     for member in range(0, heads_per_group):
         head = group * heads_per_group + member
@@ -384,15 +380,15 @@ def _key_gradient_kernel(
             p_tq, p_q = TEACHER_Q + item * tq_item + head * tq_head, Q + item * q_item + head * q_head
             b_tq = load_rows(p_tq, rows, m_row, tq_row, TEACHER_DIM, TEACHER_PADDED)
             b_q = load_rows(p_q, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)
-            teacher_lse = tl.load(TEACHER_LSE + place, mask=m_row, other=0.0)[None, :] * LOG2E
-            lse = tl.load(LSE + place, mask=m_row, other=0.0)[None, :] * LOG2E
-            pull = tl.load(PULL + place, mask=m_row, other=0.0)[None, :]
-            grad_divergence = tl.load(GRAD_DIVERGENCE + place, mask=m_row, other=0.0)[None, :]
-            grad_square_error = tl.load(GRAD_SQUARE_ERROR + place, mask=m_row, other=0.0)[None, :]
+            p_numbers = NUMBERS + o_kind * kind_size + place[None, :]
+            numbers = tl.load(p_numbers, mask=(o_kind < 5) & m_row[None, :], other=0.0)
+            teacher_lse, lse, pull, grad_divergence, grad_square_error, _, _, _ = split_eight(numbers)
             keep = m_key[:, None] & ((o_key - first)[:, None] < length[None, :])  # [KEYS, ROWS]
-            targets = tl.dot(b_tk, tl.trans(b_tq), input_precision=TEACHER_PRECISION) * teacher_scale - teacher_lse
-            scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale - lse
-            grad = _score_gradient(targets, scores, keep, pull, grad_divergence, grad_square_error)
+            targets = tl.dot(b_tk, tl.trans(b_tq), input_precision=TEACHER_PRECISION) * teacher_scale
+            targets -= teacher_lse[None, :] * LOG2E
+            scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale - lse[None, :] * LOG2E
+            own = pull[None, :], grad_divergence[None, :], grad_square_error[None, :]
+            grad = _score_gradient(targets, scores, keep, *own)
             acc = tl.dot(grad.to(b_q.dtype), b_q, acc, input_precision=PRECISION)
     o_dim = tl.arange(0, HEAD_PADDED)
     m_out = (o_key < num_keys)[:, None] & (o_dim < HEAD_DIM)[None, :]
