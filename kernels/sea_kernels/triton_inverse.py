@@ -19,7 +19,7 @@ from .triton_wide_lists import SPREAD, WideLists
 UNIT_BITS = 5  # of a list's element that tell apart the units of one tile, which therefore has at most 32 keys
 MOST_CHUNKS = 64  # so that the table of counts grows with the keys alone
 CHUNK_ROWS = 256  # rows in a chunk, at least
-KINDS = 3  # of lists that a unit has of wide ones
+KINDS = 2  # of lists that a unit has of wide ones
 ENTRIES_AT_ONCE = 128
 
 
@@ -28,8 +28,7 @@ class InverseLists:
 
     Within a head, unit u of level l has place ``(l - first_level) * units + u``; all lists lie one after another in
     the order of head and place, so that the lists of neighbouring units of a level are one range (``tile_range``). Of
-    wide lists a unit has three, by kind: those of the entries that all rows of a block see whole are in the second if
-    their bins have less than 16 keys, else in the third.
+    wide lists a unit has two: entries that all rows of a block see whole, in bins of 16 keys or more, are in the second.
 
     Args:
         lists: sizes and mask of the entry lists: of runs, or wide ones.
@@ -131,7 +130,7 @@ def _unit_of(entry, level, WIDE: tl.constexpr):
 def _list_of(unit, entry, whole, WIDE: tl.constexpr):
     """Index among all lists of the one for an entry of a unit."""
     if WIDE:
-        unit = unit * 3 + tl.where(whole, tl.where((entry & 31) < 4, 1, 2), 0)
+        unit = unit * 2 + (whole & ((entry & 31) >= 4)).to(tl.int32)
     return unit
 
 

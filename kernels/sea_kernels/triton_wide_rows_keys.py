@@ -230,10 +230,10 @@ def _key_kernel(
         p_q, p_do = Q + item * q_item + head * q_head, GRAD_OUT + item * g_item + head * g_head
         p_words = BITS + item_head * num_queries * (NUM_BINS // 32)
         row_place = item * r_item + head * r_head
-        p_list = OFFSETS + ((item_head * levels + level) * units + ((tile * TILE) >> unit)) * 3
-        end, ends = tl.load(p_list).to(tl.int64), (tl.load(p_list + 1), tl.load(p_list + 2), tl.load(p_list + 3))
-        # 0: rows keep any keys, 1: of bins that they all see whole, 2: of such bins of 16 keys or more.
-        for kind in tl.static_range(3):
+        p_list = OFFSETS + ((item_head * levels + level) * units + ((tile * TILE) >> unit)) * 2
+        end, ends = tl.load(p_list).to(tl.int64), (tl.load(p_list + 1), tl.load(p_list + 2))
+        # The rows of the second list see whole all bins that they keep, which have 16 keys or more.
+        for kind in tl.static_range(2):
             begin, end = end, ends[kind].to(tl.int64)
             start, stop = begin + tl.maximum(low - seen, 0), tl.minimum(end, begin + (high - seen))
             count = tl.maximum(stop - start, 0).to(tl.int32)
@@ -257,7 +257,7 @@ def _key_kernel(
                 # The next block comes one step early, so that no row waits for its number.
                 element = tl.load(LISTED + start + tl.minimum(step + 1, count - 1))
                 products = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [TILE, ROWS]
-                if kind == 2:
+                if kind:
                     # One choice for 16 keys, which are what a warp has of the products.
                     o_part = tile * TILE + tl.arange(0, TILE // 16) * 16
                     keep = ((word[None, :] >> ((o_part >> bin_level) & 31)[:, None]) & 1) != 0  # [TILE / 16, ROWS]
@@ -265,14 +265,11 @@ def _key_kernel(
                     weights = tl.reshape(products, (TILE // 16, 16, ROWS)) * scale - offset[:, None, :]
                     weights = tl.reshape(tl.exp2(weights), (TILE, ROWS))
                 else:
-                    words = word[None, :]
-                    if kind == 0:
-                        words = tl.where((o_tile < 32)[:, None], words, right_word[None, :])
+                    words = tl.where((o_tile < 32)[:, None], word[None, :], right_word[None, :])
                     keep = (words & (1 << ((o_key >> bin_level) & 31))[:, None]) != 0
-                    if kind == 0:
-                        keep &= rows_of_level(before + rows + 1 if CAUSAL else real, bin_level, NUM_BINS)[None, :]
-                        if CAUSAL:
-                            keep &= (o_key - before - first_row)[:, None] <= o_row[None, :]
+                    keep &= rows_of_level(before + rows + 1 if CAUSAL else real, bin_level, NUM_BINS)[None, :]
+                    if CAUSAL:
+                        keep &= (o_key - before - first_row)[:, None] <= o_row[None, :]
                     weights = tl.exp2(tl.where(keep, products * scale - log_sum[None, :], float("-inf")))
                 grad_k, grad_v = _add_rows(weights, b_q, b_do, b_v, factor, delta, grad_k, grad_v, PRECISION)
 

@@ -90,7 +90,7 @@ def listed_tiles(inverse, lists, length, level):
             seeing = length[rows] > 0
             whole = (level[rows][seeing] == bin_level).all() and length[rows][seeing].min() >= tiles.stop * 32
             whole = whole and bin_level >= lists.whole_level
-            assert kind == (0 if not whole else 1 if bin_level < 4 else 2)
+            assert kind == (1 if whole and bin_level >= 4 else 0)
             listed[head, block, bin_level, tiles] += 1
         place += 1
     assert place + 1 == len(offsets)

@@ -111,9 +111,9 @@ def attention_gradients(
             grid = cdiv(num_queries, sizes["ROWS"]), heads, batch
             _query_gradient_kernel[grid](*tensors, rows, unit, grad_query, *args, **sizes)
         if want_key:
-            # Here a program owns keys and walks rows, in smaller steps: each brings five numbers of its own.
+            # Here a program owns keys and walks rows.
             grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-            sizes |= {"ROWS": min(sizes["KEYS"], 32), "KEYS": sizes["ROWS"]}
+            sizes |= {"ROWS": sizes["KEYS"], "KEYS": sizes["ROWS"]}
             grid = cdiv(key.shape[2], sizes["KEYS"]), key.shape[1], batch
             _key_gradient_kernel[grid](*tensors, rows, unit, grad_key, *args, **sizes)
     return grad_query, grad_key
