@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sea_kernels import attention_loss, estimation_loss, kept_mass, state_loss, teacher_statistics
 from sea_kernels.bins import bin_of, bin_start
 from sea_kernels.distillation import TeacherStatistics, reference, triton_attention, triton_teacher
-from sea_kernels.distillation.triton_teacher import bin_of_keys
+from sea_kernels.distillation.triton_teacher import relative_bins
 from sea_kernels.masks import BinMask, RunMask, pack_bits
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -176,7 +176,7 @@ def test_log_sums_of_flash_attention_save_a_walk(counted_log_sums, causal, dtype
 def find_bins(PLACE, LENGTH, OUT, shift, count, NUM_BINS: tl.constexpr, HAS_SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     offset = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     place, length = tl.load(PLACE + offset), tl.load(LENGTH + offset)
-    index, start, end = bin_of_keys(place, length, 0 * length, shift, NUM_BINS, True, HAS_SHIFT)
+    index, start, end = relative_bins(place, length, shift, NUM_BINS, HAS_SHIFT)
     tl.store(OUT + offset, index)
     tl.store(OUT + count + offset, start)
     tl.store(OUT + 2 * count + offset, end)

@@ -2,8 +2,10 @@
 
 The first of the two walks is left out where the teacher's own attention has computed the log-sum-exps already.
 
-A tile's mass is summed along its keys; the mass of a bin is a difference of two such sums, plus what earlier tiles held
-of the bin. The row stores it at the bin's last key, so every bin is written once and no program adds to another's.
+Aligned bins have the same edges in neighbouring rows: the mass of each is a sum over keys that lie side by side in a tile,
+or over whole tiles. Relative bins do not. A tile's mass is summed along its keys; the mass of a bin is a difference of two
+such sums, plus what earlier tiles held of the bin. The row stores it at the bin's last key. In both layouts every bin is
+written once, and no program adds to another's.
 """
 
 import torch
@@ -56,7 +58,8 @@ def teacher_statistics(
     mass = query.new_zeros(batch, heads, num_queries, num_bins, dtype=torch.float32)  # bins without keys stay 0
     entropy, square = torch.empty_like(lse), torch.empty_like(lse)
     config = tile_config(query)
-    config["KEYS"] = min(config["KEYS"], 32)  # a larger tile's sums and edges do not fit into registers
+    if layout == "relative":
+        config["KEYS"] = min(config["KEYS"], 32)  # a larger tile's sums and edges do not fit into registers
     with on_device(query):
         _pool_kernel[(cdiv(num_queries, config["ROWS"]), heads, batch)](
             query,
@@ -82,6 +85,7 @@ def teacher_statistics(
             RELATIVE=layout == "relative",
             HAS_SHIFT=shift != 0,
             PRECISION=product_precision(query),
+            TILE_LEVEL=config["KEYS"].bit_length() - 1,
             **config,
         )
     return mass, entropy, square
@@ -124,17 +128,11 @@ def _relative_bin(place, length, shift, NUM_BINS: tl.constexpr, HAS_SHIFT: tl.co
 
 
 @triton.jit
-def bin_of_keys(place, length, level, shift, NUM_BINS: tl.constexpr, RELATIVE: tl.constexpr, HAS_SHIFT: tl.constexpr):
+def relative_bins(place, length, shift, NUM_BINS: tl.constexpr, HAS_SHIFT: tl.constexpr):
     """The bin of each key, the bin's first key and its end; int32, of the shape that the arguments broadcast to."""
-    if RELATIVE:
-        index = _relative_bin(place, length, shift, NUM_BINS, HAS_SHIFT)
-        start = _relative_start(index, length, shift, NUM_BINS, HAS_SHIFT)
-        end = _relative_start(index + 1, length, shift, NUM_BINS, HAS_SHIFT)
-    else:
-        index = place >> level
-        start = index << level
-        end = tl.minimum((index + 1) << level, length)
-    return index, start, end
+    index = _relative_bin(place, length, shift, NUM_BINS, HAS_SHIFT)
+    start = _relative_start(index, length, shift, NUM_BINS, HAS_SHIFT)
+    return index, start, _relative_start(index + 1, length, shift, NUM_BINS, HAS_SHIFT)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_levels", "shift", "scale"])
@@ -168,6 +166,7 @@ def _pool_kernel(
     RELATIVE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     PRECISION: tl.constexpr,
+    TILE_LEVEL: tl.constexpr,
 ):
     LN2: tl.constexpr = 0.6931471805599453
     LOG2E: tl.constexpr = 1.4426950408889634
@@ -177,33 +176,124 @@ def _pool_kernel(
     _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
     level = aligned_level(length, num_levels, NUM_BINS)
     m_row = rows < num_queries
-    o_tile = tl.arange(0, KEYS)
     b_q = load_rows(Q + item * q_item + head * q_head, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)  # [ROWS, HEAD]
     K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
     place = (item * tl.num_programs(1) + head) * num_queries + rows
     lse = tl.load(LSE + place, mask=m_row, other=0.0) * LOG2E
-    p_mass = MASS + place[:, None] * NUM_BINS
     entropy = tl.zeros([ROWS], tl.float32)
     square = tl.zeros([ROWS], tl.float32)
-    open_mass = tl.zeros([ROWS], tl.float32)  # of the bin that the last tile ended in
+    if RELATIVE:
+        entropy, square = _pool_relative_bins(
+            b_q, K, lse, MASS + place * NUM_BINS, entropy, square, length, real, shift, k_row, scale,
+            HEAD_DIM, HEAD_PADDED, NUM_BINS, KEYS, HAS_SHIFT, PRECISION,
+        )  # fmt: skip
+    else:
+        # Rows of one width of bins at a time, which are nearly always all of them.
+        low, high = tl.min(tl.where(length > 0, level, 31)), tl.max(tl.where(length > 0, level, 0))
+        for own in tl.static_range(TILE_LEVEL + 1):
+            last = high if own == TILE_LEVEL else tl.minimum(high, own)
+            for current in range(tl.maximum(low, own), last + 1):
+                seen = tl.where(level == current, length, 0)
+                entropy, square = _pool_aligned_bins(
+                    b_q, K, lse, MASS + place * NUM_BINS, entropy, square, seen, real, current, k_row, scale,
+                    own, HEAD_DIM, HEAD_PADDED, KEYS, PRECISION,
+                )  # fmt: skip
+    tl.store(ENTROPY + place, entropy * LN2, mask=m_row)
+    tl.store(SQUARE + place, square, mask=m_row)
+
+
+@triton.jit
+def _teacher_tile(
+    b_q, K, lse, o_key, real, length, k_row, scale,
+    HEAD_DIM: tl.constexpr, HEAD_PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Probabilities of some keys, 0 behind the keys that a row sees, and their logarithms to base 2. [ROWS, KEYS]"""
+    b_k = load_rows(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)  # [KEYS, HEAD]
+    logs = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - lse[:, None]
+    keep = o_key[None, :] < length[:, None]
+    logs = tl.where(keep, logs, 0.0)
+    return tl.where(keep, tl.exp2(logs), 0.0), logs
+
+
+@triton.jit
+def _pool_aligned_bins(
+    b_q,
+    K,
+    lse,
+    p_mass,
+    entropy,
+    square,
+    length,
+    real,
+    level,
+    k_row,
+    scale,
+    LEVEL: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store the masses of rows whose bins have ``2^level`` keys, and add to their entropies and sums of squares.
+
+    length: keys of those rows, 0 of the others.
+    LEVEL: level, or log2 of KEYS if level is no less.
+    """
+    BINS: tl.constexpr = KEYS >> LEVEL  # of a tile
+    open_mass = tl.zeros([b_q.shape[0]], tl.float32)  # of a bin of several tiles
     for begin in range(0, tl.max(length), KEYS):
-        o_key = begin + o_tile
-        b_k = load_rows(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)  # [KEYS, HEAD]
-        logs = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - lse[:, None]  # [ROWS, KEYS]
-        keep = o_key[None, :] < length[:, None]
-        logs = tl.where(keep, logs, 0.0)
-        teacher = tl.where(keep, tl.exp2(logs), 0.0)
+        o_key = begin + tl.arange(0, KEYS)
+        teacher, logs = _teacher_tile(b_q, K, lse, o_key, real, length, k_row, scale, HEAD_DIM, HEAD_PADDED, PRECISION)
         entropy += tl.sum(teacher * logs, 1)
         square += tl.sum(teacher * teacher, 1)
+        if BINS > 1:
+            mass = teacher
+            if LEVEL > 0:
+                mass = tl.sum(tl.reshape(teacher, (b_q.shape[0], BINS, KEYS // BINS)), 2)
+            bin_ = (begin >> LEVEL) + tl.arange(0, BINS)
+            tl.store(p_mass[:, None] + bin_[None, :], mass, mask=(bin_ << LEVEL)[None, :] < length[:, None])
+        else:
+            open_mass += tl.sum(teacher, 1)
+            ends = ((begin + KEYS) & ((1 << level) - 1)) == 0
+            tl.store(p_mass + (begin >> level), open_mass, mask=(begin < length) & (ends | (length <= begin + KEYS)))
+            open_mass = tl.where(ends, 0.0, open_mass)
+    return entropy, square
 
-        index, start, end = bin_of_keys(
-            o_key[None, :], length[:, None], level[:, None], shift, NUM_BINS, RELATIVE, HAS_SHIFT
-        )
+
+@triton.jit
+def _pool_relative_bins(
+    b_q,
+    K,
+    lse,
+    p_mass,
+    entropy,
+    square,
+    length,
+    real,
+    shift,
+    k_row,
+    scale,
+    HEAD_DIM: tl.constexpr,
+    HEAD_PADDED: tl.constexpr,
+    NUM_BINS: tl.constexpr,
+    KEYS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Store all rows' masses, and add to their entropies and sums of squares."""
+    o_tile = tl.arange(0, KEYS)
+    open_mass = tl.zeros([b_q.shape[0]], tl.float32)  # of the bin that the last tile ended in
+    for begin in range(0, tl.max(length), KEYS):
+        o_key = begin + o_tile
+        teacher, logs = _teacher_tile(b_q, K, lse, o_key, real, length, k_row, scale, HEAD_DIM, HEAD_PADDED, PRECISION)
+        entropy += tl.sum(teacher * logs, 1)
+        square += tl.sum(teacher * teacher, 1)
+        index, start, end = relative_bins(o_key[None, :], length[:, None], shift, NUM_BINS, HAS_SHIFT)
         upto = tl.cumsum(teacher, 1)
         before = tl.gather(upto, tl.maximum(start - begin - 1, 0), 1)
         mass = tl.maximum(upto - tl.where(start > begin, before, 0.0), 0.0)
         mass += tl.where(start < begin, open_mass[:, None], 0.0)
-        tl.store(p_mass + index, mass, mask=keep & (o_key[None, :] + 1 == end))
+        stored = (o_key[None, :] < length[:, None]) & (o_key[None, :] + 1 == end)
+        tl.store(p_mass[:, None] + index, mass, mask=stored)
         open_mass = tl.sum(tl.where(o_tile[None, :] == KEYS - 1, mass, 0.0), 1)
-    tl.store(ENTROPY + place, entropy * LN2, mask=m_row)
-    tl.store(SQUARE + place, square, mask=m_row)
+    return entropy, square
