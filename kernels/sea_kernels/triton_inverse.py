@@ -26,9 +26,9 @@ ENTRIES_AT_ONCE = 128
 class InverseLists:
     """For every unit of a head the rows that keep it.
 
-    Within a head, unit u of level l has place ``(l - first_level) * units + u``; all lists lie one after another in
-    the order of head and place, so that the lists of neighbouring units of a level are one range (``tile_range``). Of
-    wide lists a unit has two: entries that all rows of a block see whole, in bins of 16 keys or more, are in the second.
+    Within a head, unit u of level l has place ``(l - first_level) * units + u``; all lists lie one after another in the
+    order of head and place, so that the lists of neighbouring units of a level are one range (``tile_range``). Of wide
+    lists a unit has two: entries that all rows of a block see whole, in bins of 16 keys or more, are in the second.
 
     Args:
         lists: sizes and mask of the entry lists: of runs, or wide ones.

@@ -1,8 +1,8 @@
 """Parts of long lists, for the Triton kernels that sum over the rows that keep a key (gradients of keys, values).
 
-Attention sinks are kept by nearly every row, most other keys by few: a program that takes all rows of a tile would be the
-last to finish. Such *long* tiles are cut into parts, which come before all other tiles in the same launch. Their sums are
-then added in a fixed order.
+Attention sinks are kept by nearly every row, most other keys by few: a program that takes all rows of a tile would be
+the last to finish. Such *long* tiles are cut into parts, which come before all other tiles in the same launch. Their
+sums are then added in a fixed order.
 """
 
 from dataclasses import dataclass

@@ -52,7 +52,8 @@ class WideLists:
         rows: of a block.
         least_level: log2 of the keys of the smallest entry, 5 or 6.
         whole_level: log2 of the keys of the smallest bins in entries that count as whole, at least 1 if least_level
-            is 6, since a word has bits for 32 bins of one key. Without it, entries of at least 32 keys are single bins, those of at least 64 have any.
+            is 6, since a word has bits for 32 bins of one key. Without it, entries of at least 32 keys are single bins,
+            those of at least 64 have any.
     """
 
     def __init__(

@@ -1,8 +1,9 @@
 """Gradients to the keys and values of the aligned bins that many neighbouring rows at a time keep.
 
 A program takes a tile of keys of one key head and walks the blocks of rows that list it, which ``triton_inverse.py``
-finds, for every query head that reads the keys. Long lists are cut into parts (``triton_parts.py``). Weights have a row for every key, so that they are first factors of the products without leaving their
-registers, and as many rows as the matrix units want.
+finds, for every query head that reads the keys. Long lists are cut into parts (``triton_parts.py``). Weights have a row
+for every key, so that they are first factors of the products without leaving their registers, and as many rows as the
+matrix units want.
 """
 
 from collections.abc import Iterator

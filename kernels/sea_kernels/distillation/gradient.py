@@ -6,7 +6,7 @@ from torch.autograd.function import once_differentiable
 
 from ..bins import Layout
 from ..triton_common import item_spans, with_dense_rows
-from . import triton_attention, triton_estimation, triton_states
+from . import triton_attention, triton_attention_backward, triton_estimation, triton_states
 from .triton_attention import RowNumbers, Tensors
 
 
@@ -66,7 +66,7 @@ class TritonAttentionLoss(torch.autograd.Function):
     def backward(ctx, grad_divergence: Tensor, grad_square_error: Tensor) -> tuple[Tensor | None, ...]:
         *saved, spans = ctx.saved_tensors
         _, _, want_query, want_key, *_ = ctx.needs_input_grad
-        grads = triton_attention.attention_gradients(
+        grads = triton_attention_backward.attention_gradients(
             grad_divergence,
             grad_square_error,
             Tensors(*saved[:4]),

@@ -83,10 +83,21 @@ def last_block_first(num_queries, ROWS: tl.constexpr):
 
 @triton.jit
 def load_rows(X, rows, m_row, x_row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of ``X [..., WIDTH]``, zeros where masked. [ROWS, PADDED]"""
+    """Rows of ``X [..., WIDTH]``, zeros where masked, all of them if there is no mask. [ROWS, PADDED]"""
     o_dim = tl.arange(0, PADDED)
     p_x = X + rows.to(tl.int64)[:, None] * x_row + o_dim[None, :]
-    return tl.load(p_x, mask=m_row[:, None] & (o_dim < WIDTH)[None, :], other=0.0)
+    m_dim = (o_dim < WIDTH)[None, :]
+    if m_row is None:
+        loaded = tl.load(p_x) if WIDTH == PADDED else tl.load(p_x, mask=m_dim, other=0.0)
+    else:
+        loaded = tl.load(p_x, mask=m_row[:, None] & m_dim, other=0.0)
+    return loaded
+
+
+@triton.jit
+def keys_of_all(length, KEYS: tl.constexpr):
+    """Keys, from the first on, in tiles that all rows see whole: scores of those need no mask."""
+    return tl.min(length) // KEYS * KEYS
 
 
 @triton.jit
@@ -107,14 +118,17 @@ def rows_lse(
     LN2: tl.constexpr = 0.6931471805599453
     highest = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    for begin in range(0, tl.max(length), KEYS):
-        o_key = begin + tl.arange(0, KEYS)
-        b_k = load_rows(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)  # [KEYS, HEAD]
-        scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [ROWS, KEYS]
-        scores = tl.where(o_key[None, :] < length[:, None], scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, 1))
-        total = total * tl.exp2(highest - new_highest) + tl.sum(tl.exp2(scores - new_highest[:, None]), 1)
-        highest = new_highest
+    full = keys_of_all(length, KEYS)
+    for masked in tl.static_range(2):
+        for begin in range(full if masked else 0, tl.max(length) if masked else full, KEYS):
+            o_key = begin + tl.arange(0, KEYS)
+            b_k = load_rows(K, o_key, o_key < real if masked else None, k_row, HEAD_DIM, HEAD_PADDED)  # [KEYS, HEAD]
+            scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale  # [ROWS, KEYS]
+            if masked:
+                scores = tl.where(o_key[None, :] < length[:, None], scores, float("-inf"))
+            new_highest = tl.maximum(highest, tl.max(scores, 1))
+            total = total * tl.exp2(highest - new_highest) + tl.sum(tl.exp2(scores - new_highest[:, None]), 1)
+            highest = new_highest
     return tl.where(length > 0, (highest + tl.log2(tl.where(length > 0, total, 1.0))) * LN2, 0.0)
 
 

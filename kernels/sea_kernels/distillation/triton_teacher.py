@@ -2,10 +2,10 @@
 
 The first of the two walks is left out where the teacher's own attention has computed the log-sum-exps already.
 
-Aligned bins have the same edges in neighbouring rows: the mass of each is a sum over keys that lie side by side in a tile,
-or over whole tiles. Relative bins do not. A tile's mass is summed along its keys; the mass of a bin is a difference of two
-such sums, plus what earlier tiles held of the bin. The row stores it at the bin's last key. In both layouts every bin is
-written once, and no program adds to another's.
+Aligned bins have the same edges in neighbouring rows: the mass of each is a sum over keys that lie side by side in a
+tile, or over whole tiles. Relative bins do not. A tile's mass is summed along its keys; the mass of a bin is a
+difference of two such sums, plus what earlier tiles held of the bin. The row stores it at the bin's last key. In both
+layouts every bin is written once, and no program adds to another's.
 """
 
 import torch

@@ -1,9 +1,9 @@
 """Gradients of sparse attention to the keys and values of runs, and of bins of the relative layout.
 
 A program takes a tile of keys of one key head. For every query head that reads them it walks the rows that keep some of
-them, 16 at a time, and adds up in registers. Which rows those are, ``triton_inverse.py`` lists; long lists, such as those
-of the first tokens, are cut into parts (``triton_parts.py``). Bins of the relative layout have edges of their own in
-every row: there a program walks all rows that may see its keys.
+them, 16 at a time, and adds up in registers. Which rows those are, ``triton_inverse.py`` lists; long lists, such as
+those of the first tokens, are cut into parts (``triton_parts.py``). Bins of the relative layout have edges of their own
+in every row: there a program walks all rows that may see its keys.
 """
 
 import torch
