@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from sea_kernels import sparse_attention, triton_entries, triton_wide_lists, triton_wide_rows_keys
+from sea_kernels import sparse_attention, triton_entries, triton_parts, triton_wide_lists, triton_wide_rows_keys
 from sea_kernels.masks import BinMask, RunMask, kept_keys, pack_bits, window_start
 from sea_kernels.spans import row_spans
-from sea_kernels.sparse_attention import triton_backward
+from sea_kernels.sparse_attention import triton_backward, triton_backward_keys
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -94,6 +94,14 @@ def test_rows_of_two_bin_widths_in_one_block(random_qkv, keys):
     assert_gradients(query, key, value, mask, causal=True, row_scale=random_scale(query))
 
 
+def test_tiles_of_bins_of_one_key(random_qkv, padding_mask):
+    """64 keys of which a row's bits take two words, before rows whose bins have two keys."""
+    sizes = {"batch": 1, "heads": 2, "groups": 1, "width": 8, "value_width": 16}
+    query, key, value = (x.float() for x in random_qkv(queries=110, keys=150, **sizes))
+    mask = random_bins(query.shape[:3], "aligned", num_bins=96)
+    assert_gradients(query, key, value, mask, causal=True, attention_mask=padding_mask(150, [(20, 10)]))
+
+
 @pytest.mark.parametrize("layout", ["aligned", "relative"])
 def test_bidirectional_bins(random_qkv, padding_mask, layout):
     query, key, value = (x.float() for x in random_qkv(heads=1, groups=1, queries=50, width=16, value_width=16))
@@ -118,8 +126,12 @@ def test_bidirectional_runs_and_grouped_heads(random_qkv):
     assert_gradients(query, key, value, mask, causal=False, row_scale=random_scale(query))
 
 
+@pytest.mark.parametrize("sides", [None, (9, 13)])
 @pytest.mark.parametrize("wide", [False, True])
-def test_long_lists_are_cut_into_parts(random_qkv, monkeypatch, wide):
+def test_long_lists_are_cut_into_parts(random_qkv, padding_mask, monkeypatch, wide, sides):
+    counts, cut = [], triton_parts.cut_tiles
+    for module in (triton_wide_rows_keys, triton_backward_keys):
+        monkeypatch.setattr(module, "cut_tiles", lambda *args: counts.append(cut(*args)) or counts[-1])
     monkeypatch.setattr("sea_kernels.triton_parts.PART_ROWS", 24)
     monkeypatch.setattr("sea_kernels.triton_parts.PART_MEANS", 1)
     query, key, value = (x.float() for x in random_qkv(batch=1, heads=2, groups=1, queries=111, width=16))
@@ -131,7 +143,11 @@ def test_long_lists_are_cut_into_parts(random_qkv, monkeypatch, wide):
         starts = torch.zeros(1, 2, 111, 2, dtype=torch.int32, device=DEVICE)
         starts[..., 1] = torch.arange(111, device=DEVICE) // 8 * 8
         mask = RunMask(torch.where((starts == 0) & (torch.arange(2, device=DEVICE) == 1), -1, starts), 8)
-    assert_gradients(query, key, value, mask, causal=True, row_scale=random_scale(query))
+    real = None if sides is None else padding_mask(111, [sides])
+    assert_gradients(query, key, value, mask, causal=True, attention_mask=real, row_scale=random_scale(query))
+    parts = counts[0].ends.diff()
+    assert parts.max() > 1  # of the first tokens
+    assert (parts == 0).any()
 
 
 def test_two_runs_give_the_same_bits(random_qkv, monkeypatch):
