@@ -71,6 +71,29 @@ def aligned_level(length, num_levels, NUM_BINS: tl.constexpr):
 
 
 @triton.jit
+def split_steps(begin, full, end, ROWS: tl.constexpr):
+    """How a walk over rows from ``begin`` to ``end`` in steps of ROWS divides into steps with and without masks.
+
+    full: first of the rows that need no mask.
+
+    Returns the numbers of steps before those without masks, of these, which have all of their rows, and after them.
+    """
+    before = tl.cdiv(tl.maximum(tl.minimum(full, end) - begin, 0), ROWS)
+    left = tl.maximum(end - begin - before * ROWS, 0)
+    return before, left // ROWS, tl.cdiv(left % ROWS, ROWS)
+
+
+@triton.jit
+def first_of_step(begin, step, before, full_steps, ROWS: tl.constexpr, MASKED: tl.constexpr):
+    """First row of a step of either kind, each of which are counted on their own, if ``split_steps`` divides them."""
+    if MASKED:
+        step += tl.where(step < before, 0, full_steps)
+    else:
+        step += before
+    return begin + step * ROWS
+
+
+@triton.jit
 def split_four(loaded):
     """Four vectors of a tile ``[4, ROWS]``, which one load has brought.
 
@@ -82,6 +105,22 @@ def split_four(loaded):
     first, second = tl.split(low)
     third, fourth = tl.split(high)
     return first, second, third, fourth
+
+
+@triton.jit
+def load_row_numbers(LEFT, RIGHT, LOG_SUM, DELTA, m_row):
+    """Two words of bits, the log2 of the sum and the delta of some rows, from a pointer per row and number.
+
+    m_row: the rows that there are, None if there are all.
+    """
+    integers = tl.pointer_type(tl.int32)
+    o_kind = tl.arange(0, 4)[:, None]
+    p_words = tl.where(o_kind == 0, LEFT[None, :], RIGHT[None, :])
+    p_numbers = tl.where(o_kind == 2, LOG_SUM.to(integers)[None, :], DELTA.to(integers)[None, :])
+    pointers = tl.where(o_kind < 2, p_words, p_numbers)
+    loaded = tl.load(pointers) if m_row is None else tl.load(pointers, mask=m_row[None, :], other=0)
+    left, right, log_sum, delta = split_four(loaded)
+    return left, right, log_sum.to(tl.float32, bitcast=True), delta.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .masks import BinMask, mask_of_heads
-from .triton_common import aligned_level, cdiv, item_span, next_power_of_2, split_four
+from .triton_common import aligned_level, cdiv, item_span, load_row_numbers, next_power_of_2
 from .triton_inverse import KINDS, MOST_CHUNKS, UNIT_BITS, InverseLists
 from .triton_parts import add_parts, cut_tiles, part_of_program, store_rows
 from .triton_wide_lists import WideLists, load_tile, rows_of_level, rows_per_block
@@ -251,7 +251,7 @@ def _key_kernel(
                 right = tl.minimum((tile * TILE + 32) >> bin_level >> 5, NUM_BINS // 32 - 1)
                 right = p_words + rows * (NUM_BINS // 32) + right
                 row = row_place + rows
-                word, right_word, log_sum, delta = _load_numbers(left, right, LOG_SUM + row, DELTA + row, m_row)
+                word, right_word, log_sum, delta = load_row_numbers(left, right, LOG_SUM + row, DELTA + row, m_row)
                 factor = tl.full([ROWS], 1.0, tl.float32)
                 if ROW_SCALE is not None:
                     factor = tl.load(ROW_SCALE + row, mask=m_row, other=0.0)
@@ -284,18 +284,6 @@ def _key_kernel(
         store_rows(GRAD_K, first + o_key, m_key, gk_row, grad_k * scaling, HEAD_DIM, HEAD_PADDED)
         GRAD_V += item * gv_item + group * gv_head
         store_rows(GRAD_V, first + o_key, m_key, gv_row, grad_v, VALUE_DIM, VALUE_PADDED)
-
-
-@triton.jit
-def _load_numbers(LEFT, RIGHT, LOG_SUM, DELTA, m_row):
-    """Two words of bits, the log2 of the sum and the delta of some rows."""
-    integers = tl.pointer_type(tl.int32)
-    o_kind = tl.arange(0, 4)[:, None]
-    p_words = tl.where(o_kind == 0, LEFT[None, :], RIGHT[None, :])
-    p_numbers = tl.where(o_kind == 2, LOG_SUM.to(integers)[None, :], DELTA.to(integers)[None, :])
-    loaded = tl.load(tl.where(o_kind < 2, p_words, p_numbers), mask=m_row[None, :], other=0)
-    left, right, log_sum, delta = split_four(loaded)
-    return left, right, log_sum.to(tl.float32, bitcast=True), delta.to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -74,6 +74,13 @@ def test_one_look_in_several_launches_and_partial_sums(random_qkv, monkeypatch):
     assert_same(tensors, looks=1, repeat=True)
 
 
+@pytest.mark.parametrize(("causal", "sides"), [(True, None), (True, (9, 5)), (False, (9, 5))])
+def test_one_look_at_bins_whose_bits_take_two_words(random_qkv, padding_mask, causal, sides):
+    real = None if sides is None else padding_mask(210, [sides])
+    tensors = [x.float() for x in random_qkv(batch=1, heads=2, groups=1, queries=210, width=8, value_width=4)]
+    assert_same(tensors, looks=1, num_bins=64, k=48, causal=causal, attention_mask=real)
+
+
 def test_two_looks_in_several_launches(random_qkv, monkeypatch):
     monkeypatch.setattr(triton_entries, "LIST_BYTES", 1)
     monkeypatch.setattr(triton_key_grad, "LIST_BYTES", 1)

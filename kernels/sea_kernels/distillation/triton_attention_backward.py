@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import cdiv, item_span, on_device, row_span, split_eight
+from ..triton_common import cdiv, first_of_step, item_span, on_device, row_span, split_eight, split_steps
 from .triton_attention import RowNumbers, Tensors, arguments
 from .triton_scores import keys_of_all, last_block_first, load_rows
 
@@ -208,17 +208,12 @@ def _key_gradient_kernel(
     last_row = tl.minimum(first + real - cached, num_queries)
     has_real_keys = (block * KEYS < first + real) & ((block + 1) * KEYS > first)
     last_row = tl.where(has_real_keys, last_row, first_row)
-    # Rows before ``full`` see a part of the block; steps from there on need no mask, if they have all of their rows.
-    full = first_row
+    full_row = first_row  # from here on rows see the whole block
     if CAUSAL:
-        full = tl.maximum(first_row, (block + 1) * KEYS - 1 - cached)
-    before = (full - first_row + ROWS - 1) // ROWS  # steps
-    full = first_row + before * ROWS
-    steps = tl.maximum(last_row - full, 0) // ROWS
+        full_row = (block + 1) * KEYS - 1 - cached
     has_only_real_keys = (block * KEYS >= first) & ((block + 1) * KEYS <= first + real)
-    steps = tl.where(has_only_real_keys, steps, 0)
-    after = (tl.maximum(last_row - full - steps * ROWS, 0) + ROWS - 1) // ROWS
-    before = tl.where(has_real_keys, before, 0)
+    full_row = tl.where(has_only_real_keys, full_row, last_row)
+    before, full_steps, after = split_steps(first_row, full_row, last_row, ROWS)
     o_kind = tl.arange(0, 8)[:, None]  # of the numbers, which are five
     kind_size = tl.num_programs(2) * heads.to(tl.int64) * num_queries
     acc = tl.zeros([KEYS, HEAD_PADDED], tl.float32)
@@ -228,11 +223,8 @@ def _key_gradient_kernel(
         b_tk = load_rows(p_tk, o_key, m_key, tk_row, TEACHER_DIM, TEACHER_PADDED)
         p_tq, p_q = TEACHER_Q + item * tq_item + head * tq_head, Q + item * q_item + head * q_head
         for masked in tl.static_range(2):
-            for step in range(0, before + after if masked else steps):
-                step_row = full + step * ROWS
-                if masked:
-                    step_row = tl.where(step < before, first_row + step * ROWS, full + (steps + step - before) * ROWS)
-                rows = step_row + tl.arange(0, ROWS)
+            for step in range(0, before + after if masked else full_steps):
+                rows = first_of_step(first_row, step, before, full_steps, ROWS, masked) + tl.arange(0, ROWS)
                 _, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
                 m_row = length > 0 if masked else None
                 b_tq = load_rows(p_tq, rows, m_row, tq_row, TEACHER_DIM, TEACHER_PADDED)

@@ -5,13 +5,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import aligned_level, cdiv, item_span, row_span
+from ..triton_common import (
+    aligned_level,
+    cdiv,
+    first_of_step,
+    item_span,
+    load_row_numbers,
+    row_span,
+    split_steps,
+)
 from .triton_pool import Pool
 from .triton_rows import add_rows, bits_of, kept_runs, rows_below
 from .triton_walk import TILE, Walk, load_columns, window_begin
 
 SPLIT_ROWS = 8192  # rows of the input for each part that a walk is cut into
 MOST_SPLITS = 8
+WIDE_TILE = 64  # bins at a time after one look, which is what the matrix units want
+WIDE_TILE_BYTES = 128  # of a row of keys or values, at most
 BLOCKS = 8  # of rows whose bits are looked at together, so that a walk over rows without a part is short
 
 
@@ -26,11 +36,11 @@ def pooled_gradients(walk: Walk, pools: list[Pool], grad_output: Tensor, log_sum
 
 def _bin_gradients(walk: Walk, bins: Pool, rows: tuple) -> Pool:
     splits = min(MOST_SPLITS, cdiv(walk.num_queries, SPLIT_ROWS))
-    grads = _empty_like(bins, splits)
-    tiles = bins.offset.shape[-1] // TILE
-    _bin_gradients_kernel[(tiles, walk.batch * walk.heads, splits)](
-        *bins, *grads, *rows, **walk.sizes(), **walk.row_sizes()
-    )
+    grads, sizes = _empty_like(bins, splits), walk.sizes() | walk.row_sizes()
+    if not walk.looks_twice and walk.bins.num_bins % WIDE_TILE == 0 and walk.row_bytes <= WIDE_TILE_BYTES:
+        sizes |= {"TILE": WIDE_TILE, "maxnreg": None}
+    tiles = bins.offset.shape[-1] // sizes["TILE"]
+    _bin_gradients_kernel[(tiles, walk.batch * walk.heads, splits)](*bins, *grads, *rows, **sizes)
     return Pool(*(grad.sum(0) if splits > 1 else grad[0] for grad in grads))
 
 
@@ -114,13 +124,15 @@ def _bin_gradients_kernel(
     TILE: tl.constexpr,
 ):
     WORDS: tl.constexpr = NUM_BINS // 32
-    current, word = num_levels - 1 - tl.program_id(0) // WORDS, tl.program_id(0) % WORDS  # the longest walks first
+    TILES: tl.constexpr = NUM_BINS // TILE
+    current, tile = num_levels - 1 - tl.program_id(0) // TILES, tl.program_id(0) % TILES  # the longest walks first
     item_head = tl.program_id(1).to(tl.int64)
     item, head = item_head // heads, item_head % heads
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
-    o_bin = word * TILE + tl.arange(0, TILE)
+    o_tile = tl.arange(0, TILE)
+    o_bin = tile * TILE + o_tile
     start = o_bin << current
-    begin_key = (word * TILE) << current
+    begin_key = (tile * TILE) << current
     first_run = begin_key // WIDTH
     place = (item_head * num_levels + current) * NUM_BINS + o_bin
     m_bin = o_bin >= 0
@@ -143,25 +155,36 @@ def _bin_gradients_kernel(
     part = tl.cdiv(tl.cdiv(tl.maximum(end_row - begin_row, 0), tl.num_programs(2)), ROWS) * ROWS
     begin_row += tl.program_id(2) * part
     end_row = tl.minimum(begin_row + part, end_row)
+    # Later rows see all bins of the tile: after one look their bits tell the rest.
+    last_key = ((tile + 1) * TILE - 1) << current
+    full_row, _ = rows_below(last_key, num_queries, num_keys, first, real, CAUSAL)
+    full_row = tl.where(LOOKS_TWICE | (last_key >= real), end_row, full_row)
+    before, full_steps, after = split_steps(begin_row, full_row, end_row, ROWS)
     row = item_head * num_queries
-    for row_step in range(begin_row, end_row, ROWS):
-        rows = row_step + tl.arange(0, ROWS)
-        m_row = rows < end_row
-        position, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
-        bits = tl.load(BITS + (row + rows) * WORDS + word, mask=m_row, other=-1)
-        split = bits_of(bits, o_bin[:, None])  # [TILE, ROWS]
-        if LOOKS_TWICE and current <= WIDTH_LEVEL:  # bins within runs are not split: what does the row keep?
-            begin = window_begin(position, length, stride, WIDTH, HAS_WINDOW)
-            kept = kept_runs(STARTS, row + rows, m_row, first_run, WIDTH, SLOTS)
-            run = start // WIDTH
-            split = bits_of(kept, (run - first_run)[:, None]) | ((run * WIDTH)[:, None] >= begin[None, :])
-        far = m_row[None, :] & (start[:, None] < length[None, :]) & (split == 0)
-        grad_k, grad_v, grad_offset = add_rows(
-            b_k, b_v, offset, far,
-            Q + item * q_item + head * q_head, GRAD_OUT + item * g_item + head * g_head,
-            LOG_SUM + row, DELTA + row, rows, m_row, q_row, g_row, scaling,
-            grad_k, grad_v, grad_offset, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, PRECISION,
-        )  # fmt: skip
+    for masked in tl.static_range(2):
+        for step in range(0, before + after if masked else full_steps):
+            rows = first_of_step(begin_row, step, before, full_steps, ROWS, masked) + tl.arange(0, ROWS)
+            m_row = rows < end_row if masked else None
+            p_left = BITS + (row + rows) * WORDS + tile * (TILE // 32)
+            p_right, p_log_sum, p_delta = p_left + (TILE // 32 - 1), LOG_SUM + row + rows, DELTA + row + rows
+            left, right, log_sum, delta = load_row_numbers(p_left, p_right, p_log_sum, p_delta, m_row)
+            words = tl.where((o_tile < 32)[:, None], left[None, :], right[None, :])
+            far = (words & (1 << (o_bin & 31))[:, None]) == 0  # [TILE, ROWS]
+            if masked:
+                position, length = row_span(rows, num_queries, num_keys, first, real, CAUSAL)
+                if LOOKS_TWICE and current <= WIDTH_LEVEL:  # bins within runs are not split: what does the row keep?
+                    begin = window_begin(position, length, stride, WIDTH, HAS_WINDOW)
+                    kept = kept_runs(STARTS, row + rows, m_row, first_run, WIDTH, SLOTS)
+                    run = start // WIDTH
+                    near = bits_of(kept, (run - first_run)[:, None]) | ((run * WIDTH)[:, None] >= begin[None, :])
+                    far = near == 0
+                far &= m_row[None, :] & (start[:, None] < length[None, :])
+            grad_k, grad_v, grad_offset = add_rows(
+                b_k, b_v, offset, far,
+                Q + item * q_item + head * q_head, GRAD_OUT + item * g_item + head * g_head,
+                log_sum, delta, rows, m_row, q_row, g_row, scaling,
+                grad_k, grad_v, grad_offset, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, PRECISION,
+            )  # fmt: skip
     place += tl.program_id(2).to(tl.int64) * tl.num_programs(1) * num_levels * NUM_BINS
     _store_gradients(
         GRAD_K, GRAD_V, GRAD_OFFSET, place, m_bin, grad_k, grad_v, grad_offset, scaling,
@@ -282,10 +305,12 @@ def _run_gradients_kernel(
                 kept = kept_runs(STARTS, row + rows, sees, first_run, WIDTH, SLOTS)
                 far = bits_of(word, start[:, None] >> level[None, :]) & (start[:, None] < end[None, :])
                 far = far & (bits_of(kept, (o_run - first_run)[:, None]) == 0)
+                log_sum = tl.load(LOG_SUM + row + rows, mask=sees, other=0.0)
+                delta = tl.load(DELTA + row + rows, mask=sees, other=0.0)
                 grad_k, grad_v, grad_offset = add_rows(
                     b_k, b_v, offset, far,
                     Q + item * q_item + head * q_head, GRAD_OUT + item * g_item + head * g_head,
-                    LOG_SUM + row, DELTA + row, rows, sees, q_row, g_row, scaling,
+                    log_sum, delta, rows, sees, q_row, g_row, scaling,
                     grad_k, grad_v, grad_offset, HEAD_DIM, VALUE_DIM, HEAD_PADDED, VALUE_PADDED, PRECISION,
                 )  # fmt: skip
     _store_gradients(

@@ -1,13 +1,13 @@
 """What the kernels share that sum over rows: each takes a tile of pooled runs or bins and walks the rows below it.
 
-What a row takes is read from its masks. A tile holds as many runs or bins as a word has bits, so that one word of a row
-says it of the whole tile.
+What a row takes is read from its masks. A tile holds as many runs or bins as a word has bits, or two words, so that
+these say it of the whole tile.
 """
 
 import triton
 import triton.language as tl
 
-from .triton_walk import load_columns
+from ..triton_wide_lists import load_tile
 
 
 @triton.jit
@@ -47,8 +47,8 @@ def add_rows(
     take,
     Q,
     GRAD_OUT,
-    LOG_SUM,
-    DELTA,
+    log_sum,
+    delta,
     rows,
     m_row,
     q_row,
@@ -65,13 +65,12 @@ def add_rows(
 ):
     """Add some rows' gradients to a tile's pooled keys (without the factor ``scaling``), values and offsets.
 
+    log_sum, delta: of the rows. [ROWS]
     take: which rows attend to which of the tile. [TILE, ROWS]
     """
     LOG2E: tl.constexpr = 1.4426950408889634
-    b_q = load_columns(Q, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)  # [ROWS, HEAD]
-    b_do = load_columns(GRAD_OUT, rows, m_row, g_row, VALUE_DIM, VALUE_PADDED)  # [ROWS, VALUE]
-    log_sum = tl.load(LOG_SUM + rows, mask=m_row, other=0.0)
-    delta = tl.load(DELTA + rows, mask=m_row, other=0.0)
+    b_q = load_tile(Q, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)  # [ROWS, HEAD]
+    b_do = load_tile(GRAD_OUT, rows, m_row, g_row, VALUE_DIM, VALUE_PADDED)  # [ROWS, VALUE]
     scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * (scaling * LOG2E) + (offset * LOG2E)[:, None]
     weights = tl.exp2(tl.where(take, scores - log_sum[None, :], float("-inf")))  # [TILE, ROWS]
     grad = weights * (tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION) - delta[None, :])
