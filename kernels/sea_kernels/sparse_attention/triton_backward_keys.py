@@ -240,7 +240,8 @@ def _key_kernel(
 ):
     """Gradients of a tile that is not long, or SUMS of a part."""
     if RELATIVE:
-        place, is_part = tl.program_id(0), False
+        is_part: tl.constexpr = False
+        place = tl.program_id(0)
     else:
         place, low, high, is_part = part_of_program(PART_TILE, PART_ENDS, PART_SIZE, bound, all_tiles)
         if place < 0:
