@@ -13,8 +13,11 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import sea_kernels
 from lightning_sea.attention import SEAAttention
 from lightning_sea.config import SEAConfig
+
+ERROR_RATIO = attention_forward.error_ratio
 
 
 @pytest.fixture
@@ -100,3 +103,24 @@ def test_recorded_inputs_are_those_of_the_layers_block_by_block(no_gpu, model_di
     assert torch.equal(query[:, :, :100], source.inputs(100)[0])
     with pytest.raises(ValueError, match=r"the text has \d+ tokens, expected at least seq_len = 999"):
         source.inputs(999)
+
+
+def test_errors_where_rows_keep_nothing(no_gpu, monkeypatch):
+    kept = []
+
+    def sparse(query, key, value, mask, *, backend, **place):
+        kept.append(sea_kernels.count_keys(mask, num_keys=key.shape[2], causal=False))
+        return sea_kernels.sparse_attention(query, key, value, mask, backend="reference", **place)
+
+    monkeypatch.setattr(attention_forward, "sparse_attention", sparse)
+    ratio = ERROR_RATIO(SEAConfig.paper_bert(k=4, backend="reference"), False, heads=2, seq_len=200)
+    assert (kept[0] == 0).any()
+    assert 0 < ratio < 1  # the reference computes in float32
+
+
+@pytest.mark.parametrize("ratio", [float("nan"), 2.1])
+def test_errors_that_are_too_large_or_unknown_stop_the_run(no_gpu, monkeypatch, ratio):
+    monkeypatch.setattr(attention_forward, "error_ratio", lambda *form: ratio)
+    monkeypatch.setattr("sys.argv", ["x", "--lengths", "128"])
+    with pytest.raises(SystemExit, match="its error is too large"):
+        attention_forward.main()
