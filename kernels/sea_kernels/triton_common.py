@@ -85,7 +85,7 @@ def split_steps(begin, full, end, ROWS: tl.constexpr):
 
 @triton.jit
 def first_of_step(begin, step, before, full_steps, ROWS: tl.constexpr, MASKED: tl.constexpr):
-    """First row of a step of either kind, each of which are counted on their own, if ``split_steps`` divides them."""
+    """First row of a step, counted among those with masks or those without, as ``split_steps`` has them."""
     if MASKED:
         step += tl.where(step < before, 0, full_steps)
     else:
