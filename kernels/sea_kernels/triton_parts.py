@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import cdiv, item_span
+from .triton_common import cdiv, item_span, next_power_of_2
 from .triton_inverse import InverseLists, tile_range
 
 PART_ROWS = 1024  # rows in a part of a tile, at least
@@ -113,7 +113,7 @@ def add_parts(
         scaling,
         HEAD_DIM=head_dim,
         VALUE_DIM=grad_value.shape[-1],
-        WIDTH_PADDED=triton.next_power_of_2(sums.shape[-1]),
+        WIDTH_PADDED=next_power_of_2(sums.shape[-1]),
         KEYS=sums.shape[1],
         HAS_PADDING=spans is not None,
     )

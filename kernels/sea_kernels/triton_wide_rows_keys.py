@@ -234,8 +234,8 @@ def _key_kernel(
         p_list = OFFSETS + ((item_head * levels + level) * units + ((tile * TILE) >> unit)) * 2
         end, ends = tl.load(p_list).to(tl.int64), (tl.load(p_list + 1), tl.load(p_list + 2))
         # The rows of the second list see whole all bins that they keep, which have 16 keys or more.
-        for kind in tl.static_range(2):
-            begin, end = end, ends[kind].to(tl.int64)
+        for whole in tl.static_range(2):
+            begin, end = end, ends[whole].to(tl.int64)
             start, stop = begin + tl.maximum(low - seen, 0), tl.minimum(end, begin + (high - seen))
             count = tl.maximum(stop - start, 0).to(tl.int32)
             seen += end - begin
@@ -258,7 +258,7 @@ def _key_kernel(
                 # The next block comes one step early, so that no row waits for its number.
                 element = tl.load(LISTED + start + tl.minimum(step + 1, count - 1))
                 products = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)  # [TILE, ROWS]
-                if kind:
+                if whole:
                     # One choice for 16 keys, which are what a warp has of the products.
                     o_part = tile * TILE + tl.arange(0, TILE // 16) * 16
                     keep = ((word[None, :] >> ((o_part >> bin_level) & 31)[:, None]) & 1) != 0  # [TILE / 16, ROWS]

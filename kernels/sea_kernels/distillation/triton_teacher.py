@@ -204,15 +204,16 @@ def _pool_kernel(
 
 @triton.jit
 def _teacher_tile(
-    b_q, K, lse, o_key, real, length, k_row, scale,
+    b_q, K, lse, entropy, square, o_key, real, length, k_row, scale,
     HEAD_DIM: tl.constexpr, HEAD_PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of some keys, 0 behind the keys that a row sees, and their logarithms to base 2. [ROWS, KEYS]"""
+    """Probabilities of some keys [ROWS, KEYS], 0 behind the keys that a row sees, and the row's sums with them."""
     b_k = load_rows(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)  # [KEYS, HEAD]
     logs = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - lse[:, None]
     keep = o_key[None, :] < length[:, None]
     logs = tl.where(keep, logs, 0.0)
-    return tl.where(keep, tl.exp2(logs), 0.0), logs
+    teacher = tl.where(keep, tl.exp2(logs), 0.0)
+    return teacher, entropy + tl.sum(teacher * logs, 1), square + tl.sum(teacher * teacher, 1)
 
 
 @triton.jit
@@ -243,9 +244,9 @@ def _pool_aligned_bins(
     open_mass = tl.zeros([b_q.shape[0]], tl.float32)  # of a bin of several tiles
     for begin in range(0, tl.max(length), KEYS):
         o_key = begin + tl.arange(0, KEYS)
-        teacher, logs = _teacher_tile(b_q, K, lse, o_key, real, length, k_row, scale, HEAD_DIM, HEAD_PADDED, PRECISION)
-        entropy += tl.sum(teacher * logs, 1)
-        square += tl.sum(teacher * teacher, 1)
+        teacher, entropy, square = _teacher_tile(
+            b_q, K, lse, entropy, square, o_key, real, length, k_row, scale, HEAD_DIM, HEAD_PADDED, PRECISION
+        )
         if BINS > 1:
             mass = teacher
             if LEVEL > 0:
@@ -285,9 +286,9 @@ def _pool_relative_bins(
     open_mass = tl.zeros([b_q.shape[0]], tl.float32)  # of the bin that the last tile ended in
     for begin in range(0, tl.max(length), KEYS):
         o_key = begin + o_tile
-        teacher, logs = _teacher_tile(b_q, K, lse, o_key, real, length, k_row, scale, HEAD_DIM, HEAD_PADDED, PRECISION)
-        entropy += tl.sum(teacher * logs, 1)
-        square += tl.sum(teacher * teacher, 1)
+        teacher, entropy, square = _teacher_tile(
+            b_q, K, lse, entropy, square, o_key, real, length, k_row, scale, HEAD_DIM, HEAD_PADDED, PRECISION
+        )
         index, start, end = relative_bins(o_key[None, :], length[:, None], shift, NUM_BINS, HAS_SHIFT)
         upto = tl.cumsum(teacher, 1)
         before = tl.gather(upto, tl.maximum(start - begin - 1, 0), 1)

@@ -14,14 +14,13 @@ from ..triton_common import (
     row_span,
     split_steps,
 )
+from ..triton_wide_lists import WIDE_TILE, WIDE_TILE_BYTES
 from .triton_pool import Pool
 from .triton_rows import add_rows, bits_of, kept_runs, rows_below
 from .triton_walk import TILE, Walk, load_columns, window_begin
 
 SPLIT_ROWS = 8192  # rows of the input for each part that a walk is cut into
 MOST_SPLITS = 8
-WIDE_TILE = 64  # bins at a time after one look, which is what the matrix units want
-WIDE_TILE_BYTES = 128  # of a row of keys or values, at most
 BLOCKS = 8  # of rows whose bits are looked at together, so that a walk over rows without a part is short
 
 
@@ -38,7 +37,7 @@ def _bin_gradients(walk: Walk, bins: Pool, rows: tuple) -> Pool:
     splits = min(MOST_SPLITS, cdiv(walk.num_queries, SPLIT_ROWS))
     grads, sizes = _empty_like(bins, splits), walk.sizes() | walk.row_sizes()
     if not walk.looks_twice and walk.bins.num_bins % WIDE_TILE == 0 and walk.row_bytes <= WIDE_TILE_BYTES:
-        sizes |= {"TILE": WIDE_TILE, "maxnreg": None}
+        sizes |= {"TILE": WIDE_TILE, "maxnreg": None}  # as many as the matrix units want
     tiles = bins.offset.shape[-1] // sizes["TILE"]
     _bin_gradients_kernel[(tiles, walk.batch * walk.heads, splits)](*bins, *grads, *rows, **sizes)
     return Pool(*(grad.sum(0) if splits > 1 else grad[0] for grad in grads))
