@@ -201,7 +201,7 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=ROOT / "benchmarks/results/attention_forward.json", help="other rows in it stay"
     )
-    parser.add_argument("--heads", type=int, nargs="+", default=[32, 12], help="of causal layers")
+    parser.add_argument("--heads", type=int, nargs="*", default=[32, 12], help="of causal layers; none skips these")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024 * 2**i for i in range(8)])
     parser.add_argument("--methods", nargs="*", default=["eager", "flex_window"], help="besides sea and sdpa")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS), help="of SEA")
