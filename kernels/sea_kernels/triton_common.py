@@ -124,16 +124,6 @@ def load_row_numbers(LEFT, RIGHT, LOG_SUM, DELTA, m_row):
 
 
 @triton.jit
-def split_eight(loaded):
-    """Eight vectors of a tile ``[8, ROWS]``, as in ``split_four``."""
-    halves = tl.permute(tl.reshape(loaded, (2, 4, loaded.shape[1])), (1, 2, 0))
-    low, high = tl.split(halves)
-    first, second, third, fourth = split_four(low)
-    fifth, sixth, seventh, eighth = split_four(high)
-    return first, second, third, fourth, fifth, sixth, seventh, eighth
-
-
-@triton.jit
 def group_rows(group, offset, stride):
     """Position of the first row of each group of ``stride`` positions, and the group's first row among the queries.
 

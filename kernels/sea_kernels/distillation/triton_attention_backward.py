@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..triton_common import cdiv, first_of_step, item_span, on_device, row_span, split_eight, split_steps
+from ..triton_common import cdiv, first_of_step, item_span, on_device, row_span, split_steps
 from .triton_attention import RowNumbers, Tensors, arguments
 from .triton_scores import keys_of_all, last_block_first, load_rows
 
@@ -34,7 +34,6 @@ def attention_gradients(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of both losses with respect to the student's query and key, each only if wanted."""
     query, key = tensors.query, tensors.key
-    # One tensor, so that a kernel can load all numbers of some rows at once.
     rows, unit = torch.stack((*numbers, grad_divergence, grad_square_error)), None
     if query.dtype == torch.float16:
         # A mean over all rows makes gradients far below what float16 can hold: they are scaled up for the products.
@@ -53,15 +52,37 @@ def attention_gradients(
         if want_key:
             # Here a program owns keys and walks rows.
             grad_key = torch.empty(key.shape, dtype=key.dtype, device=key.device)
-            sizes |= {"ROWS": sizes["KEYS"], "KEYS": sizes["ROWS"]}
+            narrow = sizes["TEACHER_PADDED"] + sizes["HEAD_PADDED"] <= 128 and query.itemsize == 2
+            sizes["maxnreg"] = 168 if narrow else None  # three programs on a multiprocessor in place of two
             grid = cdiv(key.shape[2], sizes["KEYS"]), key.shape[1], batch
             _key_gradient_kernel[grid](*tensors, rows, unit, grad_key, *args, **sizes)
     return grad_query, grad_key
 
 
 @triton.jit
-def _score_gradient(targets, scores, keep, pull, grad_divergence, grad_square_error):
-    """Gradient of the student's scores in a tile, from both score tiles less their log-sum-exps; keep: None for all."""
+def _row_numbers(NUMBERS, place, kind_size, m_row):
+    """The numbers of some rows, log-sum-exps in base 2, as columns [ROWS, 1]; m_row: None for all."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    teacher_lse = _load_column(NUMBERS + place, m_row) * LOG2E
+    lse = _load_column(NUMBERS + kind_size + place, m_row) * LOG2E
+    pull = _load_column(NUMBERS + 2 * kind_size + place, m_row)
+    grad_divergence = _load_column(NUMBERS + 3 * kind_size + place, m_row)
+    return teacher_lse, lse, pull, grad_divergence, _load_column(NUMBERS + 4 * kind_size + place, m_row)
+
+
+@triton.jit
+def _load_column(p_number, m_row):
+    return (tl.load(p_number) if m_row is None else tl.load(p_number, mask=m_row, other=0.0))[:, None]
+
+
+@triton.jit
+def _score_gradient(
+    b_tq, b_tk, b_q, b_k, teacher_scale, scale, keep, teacher_lse, lse, pull, grad_divergence, grad_square_error,
+    TEACHER_PRECISION: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the student's scores in a tile [ROWS, KEYS]; keep: keys that each row sees, None for all."""
+    targets = tl.dot(b_tq, tl.trans(b_tk), input_precision=TEACHER_PRECISION) * teacher_scale - teacher_lse
+    scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - lse
     teacher, student = tl.exp2(targets), tl.exp2(scores)
     if keep is not None:
         teacher, student = tl.where(keep, teacher, 0.0), tl.where(keep, student, 0.0)
@@ -118,7 +139,6 @@ def _query_gradient_kernel(
     TEACHER_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    LOG2E: tl.constexpr = 1.4426950408889634
     head, item = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
     rows = last_block_first(num_queries, ROWS)
@@ -128,11 +148,7 @@ def _query_gradient_kernel(
     b_tq = load_rows(TEACHER_Q + item * tq_item + head * tq_head, rows, m_row, tq_row, TEACHER_DIM, TEACHER_PADDED)
     b_q = load_rows(Q + item * q_item + head * q_head, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)
     kind_size = tl.num_programs(2) * tl.num_programs(1).to(tl.int64) * num_queries
-    teacher_lse = tl.load(NUMBERS + place, mask=m_row, other=0.0)[:, None] * LOG2E
-    lse = tl.load(NUMBERS + kind_size + place, mask=m_row, other=0.0)[:, None] * LOG2E
-    pull = tl.load(NUMBERS + 2 * kind_size + place, mask=m_row, other=0.0)[:, None]
-    grad_divergence = tl.load(NUMBERS + 3 * kind_size + place, mask=m_row, other=0.0)[:, None]
-    grad_square_error = tl.load(NUMBERS + 4 * kind_size + place, mask=m_row, other=0.0)[:, None]
+    numbers = _row_numbers(NUMBERS, place, kind_size, m_row)
     TEACHER_K += item * tk_item + (head // teacher_heads_per_group) * tk_head + first.to(tl.int64) * tk_row
     K += item * k_item + (head // heads_per_group) * k_head + first.to(tl.int64) * k_row
     acc = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
@@ -143,10 +159,10 @@ def _query_gradient_kernel(
             m_key = o_key < real if masked else None
             b_tk = load_rows(TEACHER_K, o_key, m_key, tk_row, TEACHER_DIM, TEACHER_PADDED)
             b_k = load_rows(K, o_key, m_key, k_row, HEAD_DIM, HEAD_PADDED)
-            targets = tl.dot(b_tq, tl.trans(b_tk), input_precision=TEACHER_PRECISION) * teacher_scale - teacher_lse
-            scores = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - lse
-            keep = o_key[None, :] < length[:, None] if masked else None  # [ROWS, KEYS]
-            grad = _score_gradient(targets, scores, keep, pull, grad_divergence, grad_square_error)
+            keep = o_key[None, :] < length[:, None] if masked else None
+            grad = _score_gradient(
+                b_tq, b_tk, b_q, b_k, teacher_scale, scale, keep, *numbers, TEACHER_PRECISION, PRECISION
+            )
             acc = tl.dot(grad.to(b_k.dtype), b_k, acc, input_precision=PRECISION)
     o_dim = tl.arange(0, HEAD_PADDED)
     m_out = m_row[:, None] & (o_dim < HEAD_DIM)[None, :]
@@ -193,7 +209,6 @@ def _key_gradient_kernel(
     TEACHER_PRECISION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    LOG2E: tl.constexpr = 1.4426950408889634
     block, group, item = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     heads = tl.num_programs(1) * heads_per_group
     first, real = item_span(SPANS, item, num_keys, HAS_PADDING)
@@ -214,7 +229,6 @@ def _key_gradient_kernel(
     has_only_real_keys = (block * KEYS >= first) & ((block + 1) * KEYS <= first + real)
     full_row = tl.where(has_only_real_keys, full_row, last_row)
     before, full_steps, after = split_steps(first_row, full_row, last_row, ROWS)
-    o_kind = tl.arange(0, 8)[:, None]  # of the numbers, which are five
     kind_size = tl.num_programs(2) * heads.to(tl.int64) * num_queries
     acc = tl.zeros([KEYS, HEAD_PADDED], tl.float32)
     for member in range(0, heads_per_group):
@@ -229,17 +243,13 @@ def _key_gradient_kernel(
                 m_row = length > 0 if masked else None
                 b_tq = load_rows(p_tq, rows, m_row, tq_row, TEACHER_DIM, TEACHER_PADDED)
                 b_q = load_rows(p_q, rows, m_row, q_row, HEAD_DIM, HEAD_PADDED)
-                p_numbers = NUMBERS + o_kind * kind_size + (item * heads + head) * num_queries + rows[None, :]
-                m_number = (o_kind < 5) & m_row[None, :] if masked else o_kind + rows[None, :] * 0 < 5
-                numbers = tl.load(p_numbers, mask=m_number, other=0.0)
-                teacher_lse, lse, pull, grad_divergence, grad_square_error, _, _, _ = split_eight(numbers)
-                targets = tl.dot(b_tk, tl.trans(b_tq), input_precision=TEACHER_PRECISION) * teacher_scale
-                targets -= teacher_lse[None, :] * LOG2E
-                scores = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * scale - lse[None, :] * LOG2E
-                keep = m_key[:, None] & ((o_key - first)[:, None] < length[None, :]) if masked else None  # [KEYS, ROWS]
-                own = pull[None, :], grad_divergence[None, :], grad_square_error[None, :]
-                grad = _score_gradient(targets, scores, keep, *own)
-                acc = tl.dot(grad.to(b_q.dtype), b_q, acc, input_precision=PRECISION)
+                place = (item * heads + head) * num_queries + rows
+                numbers = _row_numbers(NUMBERS, place, kind_size, m_row)
+                keep = m_key[None, :] & ((o_key - first)[None, :] < length[:, None]) if masked else None
+                grad = _score_gradient(
+                    b_tq, b_tk, b_q, b_k, teacher_scale, scale, keep, *numbers, TEACHER_PRECISION, PRECISION
+                )
+                acc = tl.dot(tl.trans(grad.to(b_q.dtype)), b_q, acc, input_precision=PRECISION)
     o_dim = tl.arange(0, HEAD_PADDED)
     m_out = (o_key < num_keys)[:, None] & (o_dim < HEAD_DIM)[None, :]
     place = (item * tl.num_programs(1) + group) * num_keys + o_key

@@ -26,6 +26,7 @@ from ..triton_common import (
 )
 from .triton_scores import (
     LOG2E,
+    keys_of_all,
     last_block_first,
     load_rows,
     padded_width,
@@ -205,14 +206,18 @@ def _pool_kernel(
 @triton.jit
 def _teacher_tile(
     b_q, K, lse, entropy, square, o_key, real, length, k_row, scale,
-    HEAD_DIM: tl.constexpr, HEAD_PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    masked: tl.constexpr, HEAD_DIM: tl.constexpr, HEAD_PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Probabilities of some keys [ROWS, KEYS], 0 behind the keys that a row sees, and the row's sums with them."""
-    b_k = load_rows(K, o_key, o_key < real, k_row, HEAD_DIM, HEAD_PADDED)  # [KEYS, HEAD]
+    """Probabilities of some keys [ROWS, KEYS], 0 behind the keys that a row sees, and the row's sums with them.
+
+    masked: whether there are such keys.
+    """
+    b_k = load_rows(K, o_key, o_key < real if masked else None, k_row, HEAD_DIM, HEAD_PADDED)  # [KEYS, HEAD]
     logs = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale - lse[:, None]
-    keep = o_key[None, :] < length[:, None]
-    logs = tl.where(keep, logs, 0.0)
-    teacher = tl.where(keep, tl.exp2(logs), 0.0)
+    teacher = tl.exp2(logs)
+    if masked:
+        keep = o_key[None, :] < length[:, None]
+        teacher, logs = tl.where(keep, teacher, 0.0), tl.where(keep, logs, 0.0)
     return teacher, entropy + tl.sum(teacher * logs, 1), square + tl.sum(teacher * teacher, 1)
 
 
@@ -242,22 +247,27 @@ def _pool_aligned_bins(
     """
     BINS: tl.constexpr = KEYS >> LEVEL  # of a tile
     open_mass = tl.zeros([b_q.shape[0]], tl.float32)  # of a bin of several tiles
-    for begin in range(0, tl.max(length), KEYS):
-        o_key = begin + tl.arange(0, KEYS)
-        teacher, entropy, square = _teacher_tile(
-            b_q, K, lse, entropy, square, o_key, real, length, k_row, scale, HEAD_DIM, HEAD_PADDED, PRECISION
-        )
-        if BINS > 1:
-            mass = teacher
-            if LEVEL > 0:
-                mass = tl.sum(tl.reshape(teacher, (b_q.shape[0], BINS, KEYS // BINS)), 2)
-            bin_ = (begin >> LEVEL) + tl.arange(0, BINS)
-            tl.store(p_mass[:, None] + bin_[None, :], mass, mask=(bin_ << LEVEL)[None, :] < length[:, None])
-        else:
-            open_mass += tl.sum(teacher, 1)
-            ends = ((begin + KEYS) & ((1 << level) - 1)) == 0
-            tl.store(p_mass + (begin >> level), open_mass, mask=(begin < length) & (ends | (length <= begin + KEYS)))
-            open_mass = tl.where(ends, 0.0, open_mass)
+    full = keys_of_all(length, KEYS)
+    for masked in tl.static_range(2):
+        for begin in range(full if masked else 0, tl.max(length) if masked else full, KEYS):
+            o_key = begin + tl.arange(0, KEYS)
+            teacher, entropy, square = _teacher_tile(
+                b_q, K, lse, entropy, square, o_key, real, length, k_row, scale,
+                masked, HEAD_DIM, HEAD_PADDED, PRECISION,
+            )  # fmt: skip
+            if BINS > 1:
+                mass = teacher
+                if LEVEL > 0:
+                    mass = tl.sum(tl.reshape(teacher, (b_q.shape[0], BINS, KEYS // BINS)), 2)
+                bin_ = (begin >> LEVEL) + tl.arange(0, BINS)
+                stored = (bin_ << LEVEL)[None, :] < length[:, None] if masked else None
+                tl.store(p_mass[:, None] + bin_[None, :], mass, mask=stored)
+            else:
+                open_mass += tl.sum(teacher, 1)
+                ends = ((begin + KEYS) & ((1 << level) - 1)) == 0
+                stored = (begin < length) & (ends | (length <= begin + KEYS))
+                tl.store(p_mass + (begin >> level), open_mass, mask=stored)
+                open_mass = tl.where(ends, 0.0, open_mass)
     return entropy, square
 
 
@@ -287,7 +297,7 @@ def _pool_relative_bins(
     for begin in range(0, tl.max(length), KEYS):
         o_key = begin + o_tile
         teacher, entropy, square = _teacher_tile(
-            b_q, K, lse, entropy, square, o_key, real, length, k_row, scale, HEAD_DIM, HEAD_PADDED, PRECISION
+            b_q, K, lse, entropy, square, o_key, real, length, k_row, scale, True, HEAD_DIM, HEAD_PADDED, PRECISION
         )
         index, start, end = relative_bins(o_key[None, :], length[:, None], shift, NUM_BINS, HAS_SHIFT)
         upto = tl.cumsum(teacher, 1)
