@@ -5,8 +5,9 @@
 The gradients of all operations are checked first (``distillation_checks.py``). Then, causal, batch 1, in bf16:
 
 - ``layer``: forward and backward of one attention layer with the losses of its estimate, its attention and its context;
-  the teacher's queries, keys, values and context are given. Forms and inputs as in ``attention_forward.py``: those of a
-  language model on text, or without ``--model`` synthetic ones, whose neighbouring rows agree much less.
+  the teacher's queries, keys, values, context and log-sum-exps are given, as its own attention leaves them in training.
+  Forms and inputs as in ``attention_forward.py``: those of a language model on text, or without ``--model`` synthetic
+  ones, whose neighbouring rows agree much less.
 - ``llama-125m``: training steps of ``CausalLMModule``, the optimiser's included, with all of its losses under autocast.
   Weights and tokens are random, so that neighbouring rows agree little: the worst case for sparse attention.
 
@@ -50,6 +51,7 @@ from lightning_sea import distillation
 from lightning_sea.attention import SEAAttention
 from lightning_sea.config import SEAConfig
 from lightning_sea.distillation import DistillationConfig, layer_losses, weighted_sum
+from lightning_sea.flash import attend_with_log_sum
 from lightning_sea.recorder import LayerRecord
 from lightning_sea.tasks import CausalLMModule
 
@@ -104,8 +106,8 @@ def layer_inputs(
     layer = SEAAttention(config, num_heads=heads, num_kv_heads=heads, head_dim=HEAD_DIM, causal=True).cuda()
     query, key, value = recorded.inputs(seq_len) if recorded else [smooth(heads, seq_len, HEAD_DIM) for _ in range(3)]
     with torch.no_grad():
-        context = F.scaled_dot_product_attention(query, key, value, is_causal=True).transpose(1, 2)
-    teacher = LayerRecord(query, key, value, context, PLACE["scaling"], None, True, None)
+        context, log_sum = attend_with_log_sum(query, key, value, **PLACE)
+    teacher = LayerRecord(query, key, value, context.transpose(1, 2), PLACE["scaling"], None, True, None, log_sum)
     return layer, teacher, [(x + 0.1 * x.std() * torch.randn_like(x)).requires_grad_() for x in (query, key, value)]
 
 
