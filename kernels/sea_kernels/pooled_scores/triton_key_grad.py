@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..triton_common import aligned_level, cdiv, item_span, next_power_of_2
 
-TILE = 32  # keys of a program; divides K, so that positions of a tile have one aligned width
+TILE = 16  # keys of a program; divides K, so that positions of a tile have one aligned width
+LATER_ROWS = tl.constexpr(8)  # behind the tile, of which a program takes in as many at a time
 
 
 def key_gradient(
@@ -67,7 +68,7 @@ def key_gradient(
         CAUSAL=causal,
         HAS_PADDING=spans is not None,
         KEYS=TILE,
-        num_warps=4 if padded <= 64 else 8,
+        num_warps=max(1, padded // 64),
     )
     return grad_key
 
@@ -147,7 +148,8 @@ def _load_keys(p_k, position, m_key, k_row, m_dim):
 def _row_gradients(
     p_q,
     p_tail,
-    WEIGHT,
+    MEAN_WEIGHT,
+    BOUND_WEIGHT,
     first_head,
     position,
     m_row,
@@ -157,34 +159,61 @@ def _row_gradients(
     q_row,
     m_dim,
     level,
-    side,
+    scaling,
     heads_per_group,
     PARTS: tl.constexpr,
     HEAD_PADDED: tl.constexpr,
-    ROWS: tl.constexpr,
 ):
-    """What rows send to each key of their own bin, or to the one that has its maximum (``side`` > 0) or minimum.
+    """What rows send to each key of their own bin, to the one that has its maximum, and to that of its minimum.
 
     Without the factor ``scaling``; the query heads of a key head are added in their order, each times its weight.
     p_q, p_tail: head 0, row 0.
-    float32 [ROWS, HEAD]
+    position: [ROWS], of the rows.
+    Each float32 [ROWS, HEAD]
     """
+    ROWS: tl.constexpr = position.shape[0]
     rows = (position - offset).to(tl.int64)
     m_row = m_row & (rows >= 0) & (rows < num_queries)
-    total = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    to_mean = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    to_maximum = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
+    to_minimum = tl.zeros([ROWS, HEAD_PADDED], tl.float32)
     for member in range(0, heads_per_group):
         head = first_head + member
         p_row = p_q + head * q_head + rows[:, None] * q_row
         b_q = tl.load(p_row, mask=m_row[:, None] & m_dim[None, :], other=0.0).to(tl.float32)
-        b_tail = tl.load(p_tail + head * num_queries + rows, mask=m_row, other=0.0)
-        if WEIGHT is not None:
-            b_tail *= tl.load(WEIGHT + head).to(tl.float32)
-        if PARTS == 1:
-            b_tail /= (position - ((position >> level) << level) + 1).to(tl.float32)
-        else:
-            b_q = tl.where(b_q * side > 0, b_q, 0.0)
-        total += b_tail[:, None] * b_q
-    return total
+        b_tail = tl.load(p_tail + head * num_queries + rows, mask=m_row, other=0.0)[:, None]
+        if PARTS != 2:
+            weight = 1.0 if MEAN_WEIGHT is None else tl.load(MEAN_WEIGHT + head).to(tl.float32)
+            to_mean += weight * b_tail * b_q
+        if PARTS > 1:
+            weight = 1.0 if BOUND_WEIGHT is None else tl.load(BOUND_WEIGHT + head).to(tl.float32)
+            sent = weight * b_tail * b_q
+            to_maximum += tl.where(b_q * scaling > 0, sent, 0.0)
+            to_minimum += tl.where(b_q * scaling < 0, sent, 0.0)
+    to_mean /= (position - ((position >> level) << level) + 1).to(tl.float32)[:, None]
+    return to_mean, to_maximum, to_minimum
+
+
+@triton.jit
+def _highest_before(p_k, begin, end, k_row, m_dim, side, HEAD_PADDED: tl.constexpr, KEYS: tl.constexpr):
+    """Maximum of ``side`` times the keys from ``begin`` to ``end``, a multiple of KEYS further. [1, HEAD]"""
+    highest = tl.full([1, HEAD_PADDED], float("-inf"), tl.float32)
+    for tile in range(begin, end, KEYS):
+        o_key = tile + tl.arange(0, KEYS)
+        highest = tl.maximum(highest, tl.max(_load_keys(p_k, o_key, o_key < end, k_row, m_dim) * side, 0)[None, :])
+    return highest
+
+
+@triton.jit
+def _rows_before_a_greater(sent, keys, highest, m_row):
+    """Sum [1, HEAD] of ``sent`` over the rows before the first whose key is greater than ``highest``.
+
+    Also ``highest`` for the rows that follow: where a key was greater, any is.
+    """
+    o_row = tl.arange(0, sent.shape[0])[:, None]
+    first = tl.min(tl.where(m_row[:, None] & (keys > highest), o_row, sent.shape[0]), 0)[None, :]
+    sent = tl.where(o_row < first, sent, 0.0)
+    return tl.sum(sent, 0)[None, :], tl.where(first < sent.shape[0], float("-inf"), highest)
 
 
 @triton.jit
@@ -192,7 +221,8 @@ def _own_gradient(
     p_q,
     p_k,
     p_tail,
-    WEIGHT,
+    MEAN_WEIGHT,
+    BOUND_WEIGHT,
     first_head,
     begin,
     real,
@@ -203,7 +233,6 @@ def _own_gradient(
     q_row,
     k_row,
     m_dim,
-    side,
     scaling,
     heads_per_group,
     PARTS: tl.constexpr,
@@ -212,55 +241,50 @@ def _own_gradient(
 ):
     """Gradient to a tile of keys from the own bins of rows at and after them. float32 [KEYS, HEAD]
 
-    ``side`` is 1 for maxima and -1 for minima. Then a row's gradient goes to the first key that has the maximum of the
-    bin so far: it is greater than all before it, and no key after it, up to the row, is greater still.
+    The rows of the tile come one after the other, and with each its key. So it is known which key is the first that
+    has the maximum, or minimum, of a row's own bin up to it.
     """
-    o_key = begin + tl.arange(0, KEYS)
-    m_key = o_key < real
-    start = (o_key >> level) << level
-    end = tl.minimum(start + (1 << level), real)
-    b_k = _load_keys(p_k, o_key, m_key, k_row, m_dim) * side
-    leads = m_key[:, None] & m_dim[None, :]  # keys that have the maximum of all before them
-    holds = leads  # those that have it still
-    if PARTS == 2:
-        for tile in range((begin >> level) << level, begin, KEYS):
-            earlier = tile + tl.arange(0, KEYS)
-            before = _load_keys(p_k, earlier, earlier < real, k_row, m_dim) * side
-            leads = leads & (b_k > tl.max(before, 0)[None, :])
+    o_key = (begin + tl.arange(0, KEYS))[:, None]
     grad = tl.zeros([KEYS, HEAD_PADDED], tl.float32)
-    # Rows and keys of the tile itself, one step further apart at a time.
-    for step in range(0, tl.minimum(1 << level, KEYS)):
-        after = o_key + step
-        m_after = (after < end) & (after < begin + KEYS)
-        if PARTS == 2:
-            earlier = o_key - step
-            m_earlier = m_key & (earlier >= start) & (earlier >= begin) & (step > 0)
-            b_earlier = _load_keys(p_k, earlier, m_earlier, k_row, m_dim) * side
-            leads = leads & ((m_earlier[:, None] & (b_earlier >= b_k)) == 0)
-            b_after = _load_keys(p_k, after, m_after, k_row, m_dim) * side
-            holds = holds & ((m_after[:, None] & (b_after > b_k)) == 0)
-        sent = _row_gradients(
-            p_q, p_tail, WEIGHT, first_head, after, m_after, offset, num_queries, q_head, q_row, m_dim, level,
-            side * scaling, heads_per_group, PARTS, HEAD_PADDED, KEYS,
+    upper = _highest_before(p_k, (begin >> level) << level, begin, k_row, m_dim, 1, HEAD_PADDED, KEYS)
+    lower = _highest_before(p_k, (begin >> level) << level, begin, k_row, m_dim, -1, HEAD_PADDED, KEYS)
+    top = tl.full([1, HEAD_PADDED], -1, tl.int32)  # a key of an earlier tile
+    bottom = top
+    for row in range(begin, tl.minimum(begin + KEYS, real)):
+        position = row + tl.arange(0, 1)
+        to_mean, to_maximum, to_minimum = _row_gradients(
+            p_q, p_tail, MEAN_WEIGHT, BOUND_WEIGHT, first_head, position, position < real, offset, num_queries,
+            q_head, q_row, m_dim, level, scaling, heads_per_group, PARTS, HEAD_PADDED,
         )  # fmt: skip
-        grad += tl.where(holds, sent, 0.0)
-    # Rows behind the tile in a bin wider than it: one key at most still has the maximum.
-    holds = holds & leads
-    highest = tl.max(tl.where(holds, b_k, float("-inf")), 0)
-    pending = tl.zeros([HEAD_PADDED], tl.float32)
-    for tile in range(begin + KEYS, tl.minimum(((begin >> level) + 1) << level, real), KEYS):
-        after = tile + tl.arange(0, KEYS)
-        sent = _row_gradients(
-            p_q, p_tail, WEIGHT, first_head, after, after < real, offset, num_queries, q_head, q_row, m_dim, level,
-            side * scaling, heads_per_group, PARTS, HEAD_PADDED, KEYS,
+        start = (row >> level) << level
+        if PARTS != 2:
+            grad += tl.where((o_key >= start) & (o_key <= row), to_mean, 0.0)
+        if PARTS > 1:
+            key = _load_keys(p_k, position, position < real, k_row, m_dim)
+            above, below = (key > upper) | (start == row), (-key > lower) | (start == row)
+            upper, lower = tl.where(above, key, upper), tl.where(below, -key, lower)
+            top, bottom = tl.where(above, row, top), tl.where(below, row, bottom)
+            grad += tl.where(o_key == top, to_maximum, 0.0) + tl.where(o_key == bottom, to_minimum, 0.0)
+    # Rows behind the tile in a bin wider than it.
+    from_mean = tl.zeros([1, HEAD_PADDED], tl.float32)
+    from_maximum = tl.zeros([1, HEAD_PADDED], tl.float32)
+    from_minimum = tl.zeros([1, HEAD_PADDED], tl.float32)
+    for first_row in range(begin + KEYS, tl.minimum(((begin >> level) + 1) << level, real), LATER_ROWS):
+        position = first_row + tl.arange(0, LATER_ROWS)
+        m_row = position < real
+        to_mean, to_maximum, to_minimum = _row_gradients(
+            p_q, p_tail, MEAN_WEIGHT, BOUND_WEIGHT, first_head, position, m_row, offset, num_queries, q_head, q_row,
+            m_dim, level, scaling, heads_per_group, PARTS, HEAD_PADDED,
         )  # fmt: skip
-        if PARTS == 2:
-            b_after = _load_keys(p_k, after, after < real, k_row, m_dim) * side
-            greater = ((after < real)[:, None] & (b_after > highest[None, :])).to(tl.int32)
-            sent = tl.where(tl.cumsum(greater, 0) == 0, sent, 0.0)
-            highest = tl.where(tl.max(greater, 0) > 0, float("-inf"), highest)
-        pending += tl.sum(sent, 0)
-    return tl.where(leads, grad, 0.0) + tl.where(holds, pending[None, :], 0.0)
+        from_mean += tl.sum(to_mean, 0)[None, :]
+        if PARTS > 1:
+            keys = _load_keys(p_k, position, m_row, k_row, m_dim)
+            sent, upper = _rows_before_a_greater(to_maximum, keys, upper, m_row)
+            from_maximum += sent
+            sent, lower = _rows_before_a_greater(to_minimum, -keys, lower, m_row)
+            from_minimum += sent
+    grad += tl.where(o_key == top, from_maximum, 0.0) + tl.where(o_key == bottom, from_minimum, 0.0)
+    return grad + from_mean
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_levels", "heads_per_group", "scaling"])
@@ -325,18 +349,9 @@ def _key_gradient_kernel(
         p_k = K + item * k_item + group * k_head + first.to(tl.int64) * k_row + o_dim[None, :]
         first_head = group * heads_per_group
         p_tail = TAIL + item * tl.num_programs(1) * heads_per_group * num_queries
-        if PARTS != 2:
-            own = _own_gradient(
-                p_q, p_k, p_tail, MEAN_WEIGHT, first_head, begin, real, narrowest, offset, num_queries, q_head, q_row,
-                k_row, m_dim, 1, scaling, heads_per_group, 1, HEAD_PADDED, KEYS,
-            )  # fmt: skip
-            grad += own * scaling
-        if PARTS > 1:
-            for part in tl.static_range(2):
-                own = _own_gradient(
-                    p_q, p_k, p_tail, BOUND_WEIGHT, first_head, begin, real, narrowest, offset, num_queries, q_head,
-                    q_row, k_row, m_dim, 1 - 2 * part, scaling, heads_per_group, 2, HEAD_PADDED, KEYS,
-                )  # fmt: skip
-                grad += own * scaling
+        grad += scaling * _own_gradient(
+            p_q, p_k, p_tail, MEAN_WEIGHT, BOUND_WEIGHT, first_head, begin, real, narrowest, offset, num_queries,
+            q_head, q_row, k_row, m_dim, scaling, heads_per_group, PARTS, HEAD_PADDED, KEYS,
+        )  # fmt: skip
     p_out = GRAD_K + (item_group * num_keys + first + o_key)[:, None] * HEAD_DIM + o_dim[None, :]
     tl.store(p_out, grad.to(GRAD_K.dtype.element_ty), mask=m_out)
