@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import warnings
 from typing import Literal
 
 import torch
@@ -38,7 +39,8 @@ def has_kernel_dtype(*tensors: Tensor) -> bool:
 def choose_backend(backend: Backend, tensor: Tensor, *, triton_exists: bool, operation: str) -> str:
     """The backend that will run: "reference" or "triton".
 
-    "auto" takes Triton for CUDA tensors where the operation has a Triton form, and the reference otherwise.
+    "auto" takes Triton for CUDA tensors where the operation has a Triton form, and the reference otherwise: without a
+    word on a CPU, with a warning on a GPU, where it is slow.
 
     Args:
         backend: the caller's choice.
@@ -60,6 +62,9 @@ def choose_backend(backend: Backend, tensor: Tensor, *, triton_exists: bool, ope
                 + ("Triton is not installed" if triton_exists else "this operation has no Triton form for these inputs")
             )
         return "triton"
-    if backend == "auto" and usable and tensor.is_cuda:
-        return "triton"
+    if backend == "auto" and tensor.is_cuda:
+        if usable:
+            return "triton"
+        missing = "it has no Triton form for these inputs" if has_triton() else "Triton is not installed"
+        warnings.warn(f"{operation} runs in PyTorch, slowly: {missing}", stacklevel=3)
     return "reference"

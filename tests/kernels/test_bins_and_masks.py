@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,6 +241,15 @@ class TestBackend:
             choose_backend("triton", torch.ones(1), triton_exists=True, operation="op")
         monkeypatch.setattr("sea_kernels.backend.has_triton", lambda: True)
         assert choose_backend("triton", torch.ones(1), triton_exists=True, operation="op") == "triton"
+
+    def test_automatic_choice_on_a_gpu_says_so_where_it_is_the_reference(self, monkeypatch, recwarn):
+        monkeypatch.setattr("sea_kernels.backend.has_triton", lambda: True)
+        on_gpu = SimpleNamespace(is_cuda=True)
+        assert choose_backend("auto", on_gpu, triton_exists=True, operation="op") == "triton"
+        assert choose_backend("reference", on_gpu, triton_exists=False, operation="op") == "reference"
+        assert not recwarn
+        with pytest.warns(UserWarning, match="op runs in PyTorch, slowly: it has no Triton form for these inputs"):
+            assert choose_backend("auto", on_gpu, triton_exists=False, operation="op") == "reference"
 
     def test_unknown_name(self):
         with pytest.raises(ValueError, match="backend is 'Triton', expected one of"):
