@@ -188,11 +188,12 @@ def _stretched(estimate: Estimate, spans: RowSpans, num_keys: int) -> Tensor:
 
 
 def _result(record: LayerRecord, estimate: Estimate, spans: RowSpans, item: int, head: int) -> Tensor:
-    """The layer's own operations with the identity as values give their weights."""
+    """The layer's own operations with the identity as values, which are too wide for kernels, give their weights."""
     query, key = _query_and_key(record, item, head)
     identity = torch.eye(key.shape[2], device=key.device)[None, None]
     attention_mask = None if record.attention_mask is None else record.attention_mask[item : item + 1]
-    place = {"causal": record.causal, "scaling": record.scaling, "attention_mask": attention_mask}
+    rest = {"attention_mask": attention_mask, "backend": "reference"}
+    place = {"causal": record.causal, "scaling": record.scaling, **rest}
     if estimate.centre is not None:
         weights = ops.far_field_attention(
             query, key, identity, estimate.mask, estimate.coarse, centre=estimate.centre, **place
@@ -200,7 +201,7 @@ def _result(record: LayerRecord, estimate: Estimate, spans: RowSpans, item: int,
         return weights[0, 0]
     weights = ops.sparse_attention(query, key, identity, estimate.mask, row_scale=estimate.prob_scale, **place)
     if estimate.mix_scale is not None and record.causal:
-        weights = ops.mix_average(weights, identity, estimate.mix_scale, attention_mask=attention_mask)
+        weights = ops.mix_average(weights, identity, estimate.mix_scale, **rest)
     elif estimate.mix_scale is not None:
         mix = estimate.mix_scale[..., None].float()
         average = estimated_mean(identity, estimate.probabilities(), spans, estimate.layout, estimate.shift)

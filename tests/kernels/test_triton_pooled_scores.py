@@ -184,6 +184,18 @@ def test_equal_maxima_send_their_gradient_to_the_first_key(random_qkv, causal):
     assert not got[:, :, wide, 1:].any()
 
 
+def test_equal_maxima_in_a_bin_of_several_tiles_send_their_gradient_to_its_first_key(random_qkv):
+    query, key, _ = random_qkv(batch=1, heads=1, groups=1, queries=100, keys=17 * 128, width=3)
+    key = key.unflatten(2, (17, 128))[:, :, :, :1].expand(-1, -1, -1, 128, -1).flatten(2, 3)
+    got, expected = (
+        gradients(query, key, backend, dtype, statistic="bound")[1].double().unflatten(2, (17, 128))
+        for backend, dtype in (("triton", torch.float32), ("reference", torch.float64))
+    )
+    torch.testing.assert_close(got.sum(3), expected.sum(3), rtol=1e-4, atol=1e-4)
+    assert got[:, :, -1, 0].all()  # the rows' own bin
+    assert not got[:, :, :, 1:].any()
+
+
 def test_float64_has_no_kernel(random_qkv):
     query, key, _ = random_qkv()
     with pytest.raises(NotImplementedError, match="pooled_scores: backend='triton'"):
