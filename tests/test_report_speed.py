@@ -42,6 +42,16 @@ def test_a_table_of_steps():
     ]
 
 
+def test_steps_with_gradient_checkpointing_are_not_in_the_table_of_models():
+    results = report.read(ROOT / "benchmarks/results")
+    steps = results["distillation_step"]
+    with_it = [row for row in steps if row.get("gradient_checkpointing")]
+    without = [row for row in steps if not row.get("gradient_checkpointing")]
+    assert with_it
+    orders = [without, with_it + without, without + with_it]
+    assert len({report.tables({**results, "distillation_step": rows})["model"] for rows in orders}) == 1
+
+
 def test_text_around_tables_stays():
     page = "before\n<!-- one -->\nold\nlines\n<!-- end -->\nbetween\n<!-- two -->\n<!-- end -->\nafter"
     filled = report.fill(page, {"one": "1", "two": "2"})

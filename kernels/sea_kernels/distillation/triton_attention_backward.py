@@ -67,7 +67,8 @@ def _row_numbers(NUMBERS, place, kind_size, m_row):
     lse = _load_column(NUMBERS + kind_size + place, m_row) * LOG2E
     pull = _load_column(NUMBERS + 2 * kind_size + place, m_row)
     grad_divergence = _load_column(NUMBERS + 3 * kind_size + place, m_row)
-    return teacher_lse, lse, pull, grad_divergence, _load_column(NUMBERS + 4 * kind_size + place, m_row)
+    grad_square_error = _load_column(NUMBERS + 4 * kind_size + place, m_row)
+    return teacher_lse, lse, pull, grad_divergence, grad_square_error
 
 
 @triton.jit
